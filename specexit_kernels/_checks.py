@@ -1,0 +1,65 @@
+"""Argument checks of the public functions. Each names the argument, what it must be and what it was."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+FLOATS_64 = (*FLOATS, torch.float64)  # the twins also run in float64, as a reference for the error tables
+
+
+def _names(dtypes: Sequence[torch.dtype]) -> str:
+    return " or ".join(str(d).removeprefix("torch.") for d in dtypes)
+
+
+def tensor(
+    name: str,
+    value: object,
+    shape: Sequence[str | int],
+    dtype: torch.dtype | Sequence[torch.dtype],
+    sizes: dict[str, int],
+    like: Tensor | None = None,
+) -> Tensor:
+    """Check one tensor and return it.
+
+    shape   one entry an axis: a number is that size; a name is bound to the size seen first in `sizes`, and must
+            agree afterwards
+    dtype   the dtype, or those allowed
+    like    the tensor whose device it must share
+    Raises TypeError for a wrong type or dtype, ValueError for a wrong shape or device.
+    """
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor, was {type(value).__name__}")
+    dtypes = (dtype,) if isinstance(dtype, torch.dtype) else tuple(dtype)
+    if value.dtype not in dtypes:
+        raise TypeError(f"{name} must be {_names(dtypes)}, was {_names((value.dtype,))}")
+    if value.dim() != len(shape):
+        raise ValueError(f"{name} must be {_shape(shape, sizes)}, was {list(value.shape)}")
+    for want, size in zip(shape, value.shape, strict=True):
+        if size != (want if isinstance(want, int) else sizes.setdefault(want, size)):
+            raise ValueError(f"{name} must be {_shape(shape, sizes)}, was {list(value.shape)}")
+    if like is not None and value.device != like.device:
+        raise ValueError(f"{name} must be on {like.device}, was on {value.device}")
+    return value
+
+
+def _shape(shape: Sequence[str | int], sizes: Mapping[str, int]) -> str:
+    """[B=2, T=12, 3]: names with the sizes that other arguments gave them."""
+    axes = [f"{a}={sizes[a]}" if isinstance(a, str) and a in sizes else str(a) for a in shape]
+    return f"[{', '.join(axes)}]"
+
+
+def unit_stride(name: str, value: Tensor) -> None:
+    """The last axis must be dense: kernels load it in vectors, and nothing is copied silently."""
+    if value.dim() and value.shape[-1] > 1 and value.stride(-1) != 1:
+        raise ValueError(f"{name} must have stride 1 in its last axis, was {value.stride(-1)}; call .contiguous()")
+
+
+def between(name: str, value: int, low: int, high: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name} must be an int, was {type(value).__name__}")
+    if not low <= value <= high:
+        raise ValueError(f"{name} must be between {low} and {high}, was {value}")

@@ -1,0 +1,91 @@
+"""How an operator is declared: a schema, its PyTorch twin, a fake, and the kernels that may stand in for the twin.
+
+Each op module makes one `Op`. The twin is the meaning of the op; it serves the CPU, and CUDA until a kernel is
+registered there. `torch.library` carries the op through `torch.compile`, `opcheck` and the fake tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+LIBRARY = torch.library.Library("specexit", "DEF")
+OPS: dict[str, Op] = {}  # filled once, when the package is imported; read by `specexit_kernels.implementations()`
+
+KERNELS = ("cuda", "triton")  # best first; the twin, "torch", is the fallback and always there
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One way to compute an op: its name ("torch", "triton" or "cuda"), the function, and why it cannot run if so."""
+
+    name: str
+    function: Callable[..., Any]
+    absent: str | None = None  # None: usable; otherwise what is missing and how to get it
+
+
+class Op:
+    """An operator of the `specexit` library.
+
+    schema      as `torch.library` writes it, without the namespace: "verify_tree(Tensor tokens, ...) -> (Tensor, ...)"
+    reference   the twin, in plain PyTorch, with the schema's arguments; its results alias no argument
+    fake        the twin's outputs, empty: shapes, dtypes and strides
+    """
+
+    def __init__(self, schema: str, reference: Callable[..., Any], fake: Callable[..., Any]) -> None:
+        self.name = schema.partition("(")[0]
+        self.reference = reference
+        self.kernels: dict[str, Implementation] = {}
+        LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+        LIBRARY.impl(self.name, reference, "CPU")
+        LIBRARY.impl(self.name, self._on_cuda, "CUDA")
+        torch.library.register_fake(f"specexit::{self.name}", fake, lib=LIBRARY)
+        self._dispatch = getattr(torch.ops.specexit, self.name).default
+        OPS[self.name] = self
+
+    def register_kernel(self, name: str, function: Callable[..., Any], absent: str | None = None) -> None:
+        """Add a GPU implementation; `absent` says why it cannot run here, and how to get it."""
+        if name not in KERNELS:
+            raise ValueError(f"name must be one of {KERNELS}, was {name!r}")
+        self.kernels[name] = Implementation(name, function, absent)
+
+    def implementation(self, device: str) -> Implementation:
+        """The implementation that runs for tensors on `device` ("cpu" or "cuda")."""
+        if device == "cuda":
+            for name in KERNELS:
+                if name in self.kernels and self.kernels[name].absent is None:
+                    return self.kernels[name]
+        return Implementation("torch", self.reference)
+
+    def __call__(self, *args: Any, implementation: str | None = None) -> Any:
+        """Run the op: the best implementation for the tensors' device, or the one that is asked for by name."""
+        if implementation is None:
+            return self._dispatch(*args)
+        if implementation == "torch":
+            return self.reference(*args)
+        kernel = self.kernels.get(implementation)
+        if kernel is None:
+            known = ", ".join(["torch", *self.kernels])
+            raise ValueError(f"implementation: {self.name} has {known}; there is no {implementation!r}")
+        if kernel.absent is not None:
+            raise RuntimeError(f"implementation={implementation!r} of {self.name} cannot run here: {kernel.absent}")
+        return kernel.function(*args)
+
+    def _on_cuda(self, *args: Any) -> Any:
+        return self.implementation("cuda").function(*args)
+
+
+def implementations() -> dict[str, dict[str, str]]:
+    """For every op, the implementation that a CPU and a CUDA tensor would get, and why none faster is used.
+
+    Example: {"verify_tree": {"cpu": "torch", "cuda": "torch", "why": "no kernel yet"}}
+    """
+    table = {}
+    for name, op in sorted(OPS.items()):
+        absent = [f"{k.name}: {k.absent}" for k in op.kernels.values() if k.absent]
+        why = "; ".join(absent) if absent else ("" if op.kernels else "no kernel yet: the PyTorch twin runs")
+        table[name] = {"cpu": op.implementation("cpu").name, "cuda": op.implementation("cuda").name, "why": why}
+    return table
