@@ -84,8 +84,8 @@ class BuildNative(build_ext):
             print(shlex.join(command), flush=True)
             if subprocess.run(command, check=False).returncode:
                 raise CompileError(
-                    f"the CUDA module did not build; the log is above, the command was\n  {shlex.join(command)}\n"
-                    "To install without it, on Triton and PyTorch: SPECEXIT_CUDA=0 pip install ..."
+                    "the CUDA module did not build: the log is above. To install without it, so that ops run on Triton "
+                    "and PyTorch, set SPECEXIT_CUDA=0"
                 )
 
 

@@ -1,1 +1,7 @@
 """Operators of speculative decoding with early exit: stateless functions on tensors, each with its PyTorch twin."""
+
+from specexit_kernels._op import implementations
+from specexit_kernels._version import __version__
+from specexit_kernels.environment import environment
+
+__all__ = ["__version__", "environment", "implementations"]

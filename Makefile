@@ -1,0 +1,54 @@
+# `make run` and `make test` do all their set-up on a fresh machine: Python 3.11 or later with venv is enough.
+# A CUDA toolkit (nvcc) is used where there is one.
+#
+#   make run         the demo: thinking with and without early exit, side by side
+#   make test        lint, and the tests that take a minute or two
+#   make test-full   every test
+#   make lint        ruff and mypy
+#   make gpu         on a machine with an NVIDIA GPU: build, test, try; PARTS=build,tests,demo (benchmarks/README.md)
+#   make clean       remove what was built, and the virtual environment
+
+PYTHON ?= python3
+PARTS ?= build,tests,demo
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+PYTEST := $(BIN)/python -P -m pytest --numprocesses auto --maxprocesses 4
+INSTALLED := $(VENV)/.installed
+
+.PHONY: run test test-full lint gpu clean
+.DELETE_ON_ERROR:
+
+run: $(INSTALLED)
+	$(BIN)/specexit demo
+
+test: export OMP_NUM_THREADS = 1
+test: lint
+	$(PYTEST)
+
+test-full: export OMP_NUM_THREADS = 1
+test-full: lint
+	$(PYTEST) -m ""
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+# The system's Python, which has torch for this GPU already; nothing is installed or downloaded.
+gpu:
+	$(PYTHON) benchmarks/gpu.py --parts $(PARTS) $(if $(COMMIT),--commit $(COMMIT))
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info specexit_kernels/_C.*.so
+	rm -rf .mypy_cache .pytest_cache .ruff_cache .hypothesis
+
+# The package is built in this environment, with its pinned build tools: an isolated build would download them again.
+$(INSTALLED): pyproject.toml setup.py CMakeLists.txt specexit_kernels/_version.py $(wildcard requirements/*) $(wildcard csrc/*)
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed: make PYTHON=...")'
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet --requirement requirements/dev.txt
+	$(BIN)/python -c 'import triton' 2>/dev/null || $(PIP) install --quiet --requirement requirements/triton.txt
+	PATH="$(abspath $(BIN)):$$PATH" $(PIP) install --quiet --no-build-isolation --editable .
+	$(BIN)/python -c 'from specexit_kernels import native; print("native module:", native.absent() or "built")'
+	@touch $@
