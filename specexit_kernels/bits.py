@@ -18,18 +18,21 @@ def words(slots: int) -> int:
 
 def pack(mask: Tensor) -> Tensor:
     """[..., M] bool -> [..., words(M)] int64."""
-    width = words(mask.shape[-1]) * WORD
-    padded = torch.nn.functional.pad(mask, (0, width - mask.shape[-1]))
-    shift = torch.arange(WORD, device=mask.device)
+    slots = mask.shape[-1]
+    word = min(max(slots, 1), WORD)  # a single word needs no padding
+    missing = words(slots) * word - slots
+    padded = torch.nn.functional.pad(mask, (0, missing)) if missing else mask
+    shift = torch.arange(word, device=mask.device)
     # The bits of a word are disjoint, so the sum is their union; bit 63 lands on the sign, as it should.
-    return (padded.unflatten(-1, (-1, WORD)).to(torch.int64) << shift).sum(-1)
+    return (padded.unflatten(-1, (-1, word)).to(torch.int64) << shift).sum(-1)
 
 
 def unpack(visible: Tensor, slots: int) -> Tensor:
     """[..., W] int64 -> [..., slots] bool; slots past the words are not visible."""
     shift = torch.arange(WORD, device=visible.device)
     mask = ((visible.unsqueeze(-1) >> shift) & 1).flatten(-2).bool()
-    return torch.nn.functional.pad(mask, (0, max(0, slots - mask.shape[-1])))[..., :slots]
+    missing = slots - mask.shape[-1]
+    return torch.nn.functional.pad(mask, (0, missing)) if missing > 0 else mask[..., :slots]
 
 
 def chain(batch: int, length: int, device: torch.device | str | None = None) -> Tensor:
