@@ -3,5 +3,6 @@
 from specexit_kernels._op import implementations
 from specexit_kernels._version import __version__
 from specexit_kernels.environment import environment
+from specexit_kernels.verify_tree import verify_tree
 
-__all__ = ["__version__", "environment", "implementations"]
+__all__ = ["__version__", "environment", "implementations", "verify_tree"]
