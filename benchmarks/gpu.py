@@ -188,7 +188,7 @@ def main() -> int:
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{re.sub(r'[^a-z0-9]+', '-', gpu.lower()).strip('-')}.json"
     path.write_text(json.dumps(results, indent=2) + "\n")
-    print(f"\n{gpu}, commit {results['commit']}: {path.relative_to(ROOT)}\n{table(reports)}")
+    print(f"\n{gpu}, commit {results['commit']}: {path}\n{table(reports)}")
     return int(any(report["status"] != "passed" for report in reports.values()))
 
 
