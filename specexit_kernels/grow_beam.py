@@ -1,0 +1,71 @@
+"""One level of a draft tree: the scores of the candidates that a beam proposes, and the next beam.
+
+    candidate[m, j] = min(score[m] + logprob[m, j], score[m])
+
+A candidate's score is the log-probability of its path. Rounding may let a log-probability pass 0; the minimum keeps a
+child from outranking its parent, so that no selection by (score down, index up) holds a node without its parent.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from specexit_kernels import _checks
+from specexit_kernels._op import Op
+
+
+def grow_beam_ref(
+    tokens: Tensor, logprobs: Tensor, scores: Tensor, beams: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The meaning of `grow_beam` in plain PyTorch: CPU path and test oracle."""
+    score = scores.unsqueeze(2)
+    candidates = torch.minimum(score + logprobs, score).nan_to_num_(-math.inf, math.inf, -math.inf).flatten(1)
+    best = candidates.argsort(dim=1, descending=True, stable=True)[:, :beams]  # topk leaves the order of ties open
+    return candidates, tokens.flatten(1).gather(1, best), best.int(), candidates.gather(1, best)
+
+
+def _outputs(tokens: Tensor, logprobs: Tensor, scores: Tensor, beams: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    batch, parents, width = tokens.shape
+    return (
+        scores.new_empty(batch, parents * width),
+        tokens.new_empty(batch, beams),
+        tokens.new_empty(batch, beams),
+        scores.new_empty(batch, beams),
+    )
+
+
+_OP = Op(
+    "grow_beam(Tensor tokens, Tensor logprobs, Tensor scores, int beams) -> (Tensor, Tensor, Tensor, Tensor)",
+    grow_beam_ref,
+    _outputs,
+)
+
+
+def grow_beam(
+    tokens: Tensor, logprobs: Tensor, scores: Tensor, beams: int, *, implementation: str | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Score the k continuations of each of M beams, and keep the best `beams` of them.
+
+    tokens            [B, M, k] int32: the continuations of each beam
+    logprobs          [B, M, k] fp32: their log-probabilities
+    scores            [B, M] fp32: the scores of the beams; 0 for a root
+    beams             1 to M * k
+    candidate scores  [B, M * k] fp32: of m * k + j, min(scores[m] + logprobs[m, j], scores[m]); NaN is -inf
+    beam tokens       [B, beams] int32: the next beam, by (score down, index up)
+    beam candidates   [B, beams] int32: which candidate each of them is; // k is the beam that it grew from
+    beam scores       [B, beams] fp32
+
+    Raises TypeError for a wrong type or dtype, ValueError for a wrong shape, device or number of beams.
+    """
+    sizes: dict[str, int] = {}
+    _checks.tensor("tokens", tokens, ("B", "M", "k"), torch.int32, sizes)
+    _checks.tensor("logprobs", logprobs, ("B", "M", "k"), torch.float32, sizes, tokens)
+    _checks.tensor("scores", scores, ("B", "M"), torch.float32, sizes, tokens)
+    _checks.between("beams", beams, 1, sizes["M"] * sizes["k"])
+    candidates, beam_tokens, beam_candidates, beam_scores = _OP(
+        tokens, logprobs, scores, beams, implementation=implementation
+    )
+    return candidates, beam_tokens, beam_candidates, beam_scores
