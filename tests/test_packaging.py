@@ -37,7 +37,17 @@ def run(command: list[str | Path], folder: Path, **environment: str) -> subproce
 
 
 def wheel(tree: Path, **environment: str) -> zipfile.ZipFile:
-    command = [sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "--wheel-dir", tree / "out", "."]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--no-build-isolation",
+        "--no-deps",
+        "--wheel-dir",
+        tree / "out",
+        ".",
+    ]
     assert run(command, tree, **environment).returncode == 0
     (path,) = (tree / "out").glob("*.whl")
     return zipfile.ZipFile(path)
