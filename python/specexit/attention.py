@@ -1,0 +1,100 @@
+"""The attention function that transformers calls for us: every tree forward goes through one op, `tree_attention`.
+
+A forward passes its context as the keyword `specexit`, and the packed visibility bits as a 4-D `attention_mask`, which
+transformers hands through untouched. A forward without a context (the model used as usual while our name is set) is
+ordinary SDPA.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from specexit_kernels import bits, tree_attention
+
+NAME = "specexit"  # transformers gives names with "flash_attention" or "/" in them a meaning of their own
+
+
+class TreeContext:
+    """What the attention layers of one forward share.
+
+    lengths    [B] int32: committed slots
+    positions  [B, T] int32
+    visible    [B, T, W] int64
+    span       no two nodes that see each other are further apart than this many positions
+    """
+
+    def __init__(self, lengths: Tensor, positions: Tensor, visible: Tensor, span: int) -> None:
+        self.lengths = lengths
+        self.positions = positions
+        self.visible = visible
+        self.span = span
+        self._windowed: dict[int, Tensor] = {}
+
+    def visible_in(self, window: int | None) -> Tensor:
+        """The bits for a layer that attends `window` positions; the op applies windows to committed slots only."""
+        if window is None or self.span < window:
+            return self.visible
+        if window not in self._windowed:
+            near = self.positions.unsqueeze(2) - self.positions.unsqueeze(1) < window
+            mask = bits.unpack(self.visible, self.positions.shape[1]) & near
+            self._windowed[window] = bits.pack(mask)
+        return self._windowed[window]
+
+
+def specexit_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    specexit: TreeContext | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """transformers' attention signature: query [B, Hq, T, hd], key and value [B, Hkv, slots, hd] -> [B, T, Hq, hd_v]."""
+    if specexit is None:
+        if softcap is not None or s_aux is not None:
+            raise RuntimeError("a forward without SpecExit's context has no softcap or sinks under this attention")
+        output: tuple[Tensor, None] = sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+        return output
+    attended = tree_attention(
+        query.transpose(1, 2),
+        key,
+        value,
+        specexit.lengths,
+        specexit.positions,
+        specexit.visible_in(sliding_window),
+        scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
+        window=sliding_window,
+        softcap=softcap,
+        sinks=s_aux,
+    )
+    return attended, None
+
+
+def register() -> None:
+    """Make the attention known to transformers under `NAME`; safe to repeat.
+
+    The mask function must be registered too: for an unknown name transformers drops padding masks silently.
+    """
+    AttentionInterface.register(NAME, specexit_attention)
+    AttentionMaskInterface.register(NAME, sdpa_mask)
+
+
+def chain_context(lengths: Tensor, count: int) -> TreeContext:
+    """Context of `count` successive tokens from each row's length on: a chunk of a prompt."""
+    batch, device = lengths.shape[0], lengths.device
+    positions = lengths.unsqueeze(1) + torch.arange(count, dtype=torch.int32, device=device)
+    return TreeContext(lengths, positions, bits.chain(batch, count, device), span=count - 1)

@@ -1,0 +1,208 @@
+"""The base model: an unmodified transformers decoder, driven over token trees.
+
+While a `BaseModel` is attached, the model uses our attention function and forward pre-hooks read the inputs of a few
+layers, the *features* that a draft conditions on. Detached, the model is as it was.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from specexit import attention
+from specexit.attention import TreeContext, chain_context
+from specexit.cache import SlotCache
+from specexit_kernels import bits
+
+
+class BaseModel:
+    """A transformers causal language model and the layers whose inputs are its features.
+
+    model           any model that passes `check_supported`
+    feature_layers  indices of the layers whose inputs are read: of none where no draft reads them
+    """
+
+    def __init__(self, model: PreTrainedModel, feature_layers: Sequence[int] = ()) -> None:
+        check_supported(model)
+        self.model = model
+        self.config: PretrainedConfig = model.config.get_text_config(decoder=True)
+        self.layers = decoder_layers(model)
+        self.feature_layers = tuple(feature_layers)
+        for index in self.feature_layers:
+            if not 0 <= index < len(self.layers):
+                raise ValueError(
+                    f"feature_layers must be layers of the base (0 to {len(self.layers) - 1}), was {self.feature_layers}"
+                )
+        self._features: list[Tensor] = []
+        self._can_leave_logits_out = "logits_to_keep" in inspect.signature(model.forward).parameters
+
+    @property
+    def feature_size(self) -> int:
+        """n H: numbers that a position's features hold."""
+        return len(self.feature_layers) * int(self.config.hidden_size)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.get_input_embeddings().weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.get_input_embeddings().weight.device
+
+    @property
+    def vocab_size(self) -> int:
+        return int(self.model.get_input_embeddings().weight.shape[0])
+
+    def new_cache(self, lengths: Tensor, slots: int) -> SlotCache:
+        return SlotCache(len(self.layers), lengths, slots)
+
+    @contextmanager
+    def attached(self) -> Iterator[None]:
+        """Use our attention and read features inside the block; restore the model after it, whatever happens."""
+        attention.register()
+        with attention_implementation(self.model, attention.NAME):
+            handles = [
+                self.layers[index].register_forward_pre_hook(self._read_feature, with_kwargs=True)
+                for index in self.feature_layers
+            ]
+            try:
+                yield
+            finally:
+                for handle in handles:
+                    handle.remove()
+
+    def forward(
+        self, tokens: Tensor, context: TreeContext, cache: SlotCache, last_logits: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """One pass over T nodes a row, whose keys and values go to the scratch slots. Inside `attached()`.
+
+        tokens    [B, T] int32
+        logits    [B, T, V]; with `last_logits` only the last node's, where the model can leave the others out
+        features  [B, T, n H]: the inputs of the n feature layers side by side, n may be 0
+        """
+        self._features.clear()
+        cache.begin()
+        options = {"logits_to_keep": 1} if last_logits and self._can_leave_logits_out else {}
+        output = self.model(
+            input_ids=tokens.long(),
+            position_ids=context.positions.long(),
+            attention_mask=context.visible.unsqueeze(1),
+            past_key_values=cache,
+            use_cache=True,
+            specexit=context,
+            **options,
+        )
+        # Taken now: a logits processor may run the model again.
+        features = torch.cat(self._features, -1) if self._features else output.logits[..., :0]
+        return output.logits, features
+
+    def _read_feature(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        # A list, not a dict: in a shallow model two feature layers can be the same layer.
+        self._features.append(args[0] if args else kwargs["hidden_states"])
+
+
+@contextmanager
+def attention_implementation(model: PreTrainedModel, name: str) -> Iterator[None]:
+    """Let `model` use the attention called `name` inside the block.
+
+    The setting lives in the configuration, which models may share, so the block works on a copy.
+    """
+    owners = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
+    shared = {id(owner.config): owner.config for owner in owners}
+    copies = {key: copy.deepcopy(config) for key, config in shared.items()}
+    replaced = [(m, m.config) for m in model.modules() if id(getattr(m, "config", None)) in copies]
+    try:
+        for module, config in replaced:
+            module.config = copies[id(config)]
+        model.set_attn_implementation(name)
+        yield
+    finally:
+        for module, config in replaced:
+            module.config = config
+
+
+def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
+    decoder = model.get_decoder()
+    for name in ("layers", "h", "blocks"):
+        layers = getattr(decoder, name, None)
+        if isinstance(layers, nn.ModuleList):
+            return layers
+    raise ValueError(f"{type(model).__name__} cannot be driven: its decoder has no list of layers")
+
+
+def check_supported(model: object) -> None:
+    """Refuse, by name and reason, a model that the decoder cannot drive exactly. Raises TypeError or ValueError."""
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(f"base must be a transformers model, was {type(model).__name__}")
+    config = model.config.get_text_config(decoder=True)
+    reason = None
+    if model.config.is_encoder_decoder:
+        reason = "it is an encoder-decoder"
+    elif not model.can_generate():
+        reason = "it has no language-model head"
+    elif getattr(model, "_is_stateful", False):
+        reason = "it keeps a recurrent state, which cannot follow the branches of a tree"
+    elif not model._supports_attention_backend:
+        reason = "transformers gives it no pluggable attention"
+    else:
+        other = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+        if other:
+            reason = f"it has layers of type {', '.join(sorted(other))}; full and sliding attention are supported"
+        elif "dynamic" in rope_types(config):
+            reason = "its rotary embedding is rescaled by the length reached so far (dynamic NTK)"
+    if reason:
+        raise ValueError(f"{type(model).__name__} is not supported: {reason}")
+
+
+def rope_types(config: PretrainedConfig) -> set[str]:
+    """The rotary embeddings that a model uses; some have one for each type of layer."""
+    parameters = getattr(config, "rope_parameters", None) or {}
+    nested = [p for p in parameters.values() if isinstance(p, dict)] or [parameters]
+    return {p.get("rope_type", "default") for p in nested}
+
+
+# How far the logits of a tree may lie from those of a linear forward, relative to the largest logit. A wrong mask or
+# position moves them by tenths; rounding by less than this.
+PROBE_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 1e-1}
+
+
+@torch.no_grad()
+def probe(base: BaseModel) -> None:
+    """Compare a small tree with a linear forward of the same tokens, so that a model which would silently ignore the
+    tree is refused when it is loaded. Raises ValueError.
+
+    A model in training mode is compared as it would be in evaluation mode.
+    """
+    model, device = base.model, base.device
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(base.vocab_size, (1, 12), generator=generator).to(device)
+    # After eight tokens of prompt: 8 - 9 - 11 and 8 - 10, two branches from the root.
+    prompt, nodes, branch = tokens[:, :8], tokens[:, 8:], [0, 1, 3]
+    depth = torch.tensor([[0, 1, 1, 2]], dtype=torch.int32, device=device)
+    mask = torch.tensor([[1, 0, 0, 0], [1, 1, 0, 0], [1, 0, 1, 0], [1, 1, 0, 1]], dtype=torch.bool, device=device)
+    lengths = torch.zeros(1, dtype=torch.int32, device=device)
+    training = model.training
+    model.eval()
+    try:
+        linear = model(torch.cat([prompt, nodes[:, branch]], 1), use_cache=False).logits[0, 8:]
+        with base.attached():
+            cache = base.new_cache(lengths, 16)
+            base.forward(prompt, chain_context(lengths, 8), cache, last_logits=True)
+            lengths += 8
+            context = TreeContext(lengths, lengths.unsqueeze(1) + depth, bits.pack(mask).unsqueeze(0), span=2)
+            tree = base.forward(nodes, context, cache)[0][0, branch]
+    finally:
+        model.train(training)
+    error = ((tree - linear).abs().max() / linear.abs().max()).item()
+    if not error <= PROBE_TOLERANCE[linear.dtype]:
+        raise ValueError(
+            f"{type(model).__name__} is not supported: over a token tree its logits differ from those of a linear "
+            f"forward by {error:.1e} of the largest (at most {PROBE_TOLERANCE[linear.dtype]:.0e} is rounding)"
+        )

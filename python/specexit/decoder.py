@@ -1,0 +1,281 @@
+"""`SpecExitDecoder`: an unmodified transformers model, a draft that proposes and signals, and the rule that ends the
+thinking.
+
+    decoder = SpecExitDecoder.from_pretrained(base, draft)
+    out = decoder.generate(input_ids, max_new_tokens=2048)
+    model.generate(**inputs, custom_generate=decoder)  # the same, as a drop-in inside transformers
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteriaList,
+)
+from transformers.generation import EosTokenCriteria, GenerateDecoderOnlyOutput, MaxLengthCriteria
+from transformers.generation.streamers import BaseStreamer
+
+from specexit.base import BaseModel, probe
+from specexit.config import TreeConfig
+from specexit.drafts import Draft, load_draft
+from specexit.exit import ExitConfig
+from specexit.loop import Request, decode
+from specexit.output import GenerateOutput, join_sequences
+from specexit.processors import PathProcessor, split_warpers
+from specexit.prompts import left_padded, pack_prompts
+from specexit.sampling import Sampler, row_seeds
+
+Seed = int | Sequence[int] | None
+Exit = ExitConfig | Sequence[ExitConfig]
+
+
+class SpecExitDecoder:
+    """Speculative decoding with early exit from thinking, over any transformers model that `check_supported` passes.
+
+    model      the base, unchanged; the text is always its own
+    draft      proposes tokens and reads exit signals; None decodes plainly (budgets still hold)
+    tree       shape of the token trees; None takes one that suits the device
+    exit       when thinking is cut, or one `ExitConfig` a prompt; None takes the draft's calibrated rule, or the
+               defaults where it has none, if draft and tokenizer allow an exit at all
+    tokenizer  tells which ids start and end thinking and which end a paragraph
+    capacity   hard limit of cache slots a row, the tree's scratch slots included; None lets the cache grow
+
+    Raises TypeError or ValueError for a model or draft that does not fit, naming the reason.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        draft: Draft | None = None,
+        *,
+        tree: TreeConfig | None = None,
+        exit: Exit | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        capacity: int | None = None,
+    ) -> None:
+        self.base = BaseModel(model, feature_layers(model, draft))
+        if draft is not None and draft.feature_size != self.base.feature_size:
+            raise ValueError(
+                f"draft must read features of {self.base.feature_size} numbers, from layers "
+                f"{self.base.feature_layers} of this base, was made for {draft.feature_size}"
+            )
+        if capacity is not None and capacity < 1:
+            raise ValueError(f"capacity must be at least 1, was {capacity}")
+        probe(self.base)
+        self.draft = draft
+        self.tokenizer = tokenizer
+        self.capacity = capacity
+        self.tree = tree or default_tree(self.base.device)
+        self.exit = exit
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        base: str | os.PathLike[str] | PreTrainedModel,
+        draft: str | os.PathLike[str] | Draft | None = None,
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        allow_pickle: bool = False,
+        **options: Any,
+    ) -> SpecExitDecoder:
+        """Load base and draft from paths, hub ids or modules.
+
+        dtype         None: as the checkpoint stores it on a GPU, float32 on a CPU (where bfloat16 is slow)
+        device        None: the GPU if there is one
+        allow_pickle  accept a draft that is not stored as safetensors
+        options       those of the constructor: tree, exit, capacity
+        """
+        if isinstance(base, PreTrainedModel):
+            model = base
+        else:
+            place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+            wanted = dtype or (torch.float32 if place.type == "cpu" else "auto")
+            model = AutoModelForCausalLM.from_pretrained(base, dtype=wanted).to(place).eval()
+            tokenizer = tokenizer or AutoTokenizer.from_pretrained(base)
+        if isinstance(draft, (str, os.PathLike)):
+            embedding = model.get_input_embeddings()
+            weight = embedding.weight
+            draft = load_draft(
+                draft, embedding=embedding, dtype=weight.dtype, device=weight.device, allow_pickle=allow_pickle
+            )
+        return cls(model, draft, tokenizer=tokenizer, **options)
+
+    @property
+    def model(self) -> PreTrainedModel:
+        return self.base.model
+
+    @property
+    def device(self) -> torch.device:
+        return self.base.device
+
+    def generate(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        max_new_tokens: int | None = None,
+        temperature: float | None = None,
+        top_p: float | None = None,
+        top_k: int | None = None,
+        min_p: float | None = None,
+        seed: Seed = None,
+        eos_token_id: int | Sequence[int] | None = None,
+        logits_processor: LogitsProcessorList | None = None,
+        stopping_criteria: StoppingCriteriaList | None = None,
+        streamer: BaseStreamer | None = None,
+        exit: Exit | None = None,
+        tree: TreeConfig | None = None,
+    ) -> GenerateOutput:
+        """Continue the prompts; what is not given comes from the model's `generation_config`, as in `model.generate`.
+
+        input_ids          [B, P] integers, padded on either side where `attention_mask` [B, P] is 0
+        temperature        0 is greedy; a positive one samples
+        seed               of the sampling: an int (rows get seeds derived from it), one a row, or None for a fresh one
+        logits_processor   run along the accepted path, on the host
+        stopping_criteria  asked after every token of every row
+        streamer           gets the prompt, then every token as it is published; one prompt only
+        exit, tree         instead of the decoder's
+
+        Greedy text, and sampled text of the same seeds, do not depend on the tree, the draft or the batch; an exit
+        (in its default granularity) does not depend on how tokens were speculated.
+        Raises TypeError or ValueError for an argument that is wrong, before anything is decoded.
+        """
+        prompts = pack_prompts(input_ids, attention_mask, self.base.vocab_size)
+        if temperature is not None and temperature < 0:
+            raise ValueError(f"temperature must be 0 (greedy) or more, was {temperature}")
+        if max_new_tokens is not None and max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens must be at least 1, was {max_new_tokens}")
+        if not prompts.lengths:
+            return GenerateOutput(input_ids.long(), [], [])
+        options: dict[str, Any] = {
+            "max_new_tokens": max_new_tokens,
+            "eos_token_id": eos_token_id,
+            "logits_processor": logits_processor,
+            "stopping_criteria": stopping_criteria,
+            "top_p": top_p,
+            "top_k": top_k,
+            "min_p": min_p,
+        }
+        if temperature is not None:
+            options["do_sample"] = temperature > 0
+            if temperature > 0:
+                options["temperature"] = temperature
+        results: list[GenerateOutput] = []
+
+        # transformers merges the generation_config and builds the processors and criteria, so that every option means
+        # here what it means there; then it calls this.
+        def run(
+            model: PreTrainedModel,
+            input_ids: Tensor,
+            logits_processor: LogitsProcessorList,
+            stopping_criteria: StoppingCriteriaList,
+            generation_config: GenerationConfig,
+            **model_kwargs: Any,
+        ) -> Tensor:
+            mask = model_kwargs.get("attention_mask")
+            results.append(
+                self._decode(
+                    input_ids, mask, logits_processor, stopping_criteria, generation_config, seed, streamer, exit, tree
+                )
+            )
+            return results[0].sequences
+
+        pad = pad_id(self.model.generation_config)
+        ids, mask = left_padded(prompts, pad)
+        given = {name: value for name, value in options.items() if value is not None}
+        self.model.generate(input_ids=ids, attention_mask=mask, custom_generate=run, **given)
+        result = results[0]
+        return GenerateOutput(join_sequences(input_ids, result.new_tokens, pad), result.new_tokens, result.stats)
+
+    def __call__(
+        self,
+        model: PreTrainedModel,
+        input_ids: Tensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
+        seed: Seed = None,
+        exit: Exit | None = None,
+        tree: TreeConfig | None = None,
+        **model_kwargs: Any,
+    ) -> GenerateDecoderOnlyOutput | Tensor:
+        """The decoding method of `model.generate(..., custom_generate=decoder)`; `seed`, `exit` and `tree` may be given
+        there as well. transformers does not pass its streamer on: use `decoder.generate` to stream."""
+        if model is not self.model:
+            raise ValueError("custom_generate must be a decoder made for this very model, was one made for another")
+        mask = model_kwargs.get("attention_mask")
+        result = self._decode(
+            input_ids, mask, logits_processor, stopping_criteria, generation_config, seed, None, exit, tree
+        )
+        if generation_config.return_dict_in_generate:
+            output = GenerateDecoderOnlyOutput(sequences=result.sequences)  # type: ignore[arg-type]
+            output.stats = result.stats  # type: ignore[attr-defined]
+            return output
+        return result.sequences
+
+    def _decode(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        processors: LogitsProcessorList,
+        criteria: StoppingCriteriaList,
+        config: GenerationConfig,
+        seed: Seed,
+        streamer: BaseStreamer | None,
+        exit: Exit | None,
+        tree: TreeConfig | None,
+    ) -> GenerateOutput:
+        """Decode what transformers prepared: left-padded ids, merged configuration, processors and criteria."""
+        check_generation_config(config)
+        if streamer is not None and input_ids.shape[0] > 1:
+            raise ValueError(f"streamer must be given one prompt, was given {input_ids.shape[0]}")
+        tree = tree or self.tree
+        prompts = pack_prompts(input_ids, attention_mask, self.base.vocab_size)
+        batch = len(prompts.lengths)
+        stop_ids = stop_token_ids(config)
+        rules, thinking, count_thinking = self._exit_rules(exit, prompts, stop_ids)
+        limits = self._limits(prompts.lengths, int(config.max_length) - input_ids.shape[1], tree)
+        prefixes: list[list[int]] = input_ids.tolist()
+        seeds = row_seeds(seed, batch)
+        sampling, others = split_warpers(list(processors), bool(config.do_sample))
+        if streamer is not None:
+            streamer.put(input_ids.cpu())
+        rows = decode(
+            self.base,
+            self.draft,
+            tree,
+            Request(
+                prompts=prompts,
+                prefixes=prefixes,
+                limits=limits,
+                slots=self.capacity,
+                choose=PathProcessor(others, sampling, seeds, prefixes, set(stop_ids))
+                if others
+                else Sampler(sampling, seeds, tree.nodes, self.device),
+                rules=rules,
+                thinking=thinking,
+                criteria=StoppingCriteriaList(
+                    c for c in criteria if not isinstance(c, (MaxLengthCriteria, EosTokenCriteria))
+                ),
+                streamer=streamer,
+            ),
+        )
+        new_tokens = [prefix[input_ids.shape[1] :] for prefix in prefixes]
+        for row, tokens, limit, length in zip(rows, new_tokens, limits, prompts.lengths, strict=True):
+            row.thinking_tokens = count_thinking(tokens)
+            if row.finish_reason == "length" and limit - length < int(config.max_length) - input_ids.shape[1]:
+                row.finish_reason = "capacity"
+        return GenerateOutput(join_sequences(input_ids, new_tokens, pad_id(config)), new_tokens, rows)

@@ -1,0 +1,60 @@
+"""What transformers' generation settings ask of the decoder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from transformers import GenerationConfig, StoppingCriteriaList
+from transformers.generation import EosTokenCriteria, MaxLengthCriteria
+
+_UNSUPPORTED = {
+    "output_scores": "per-token scores are not kept",
+    "output_logits": "logits are not kept",
+    "output_attentions": "attention weights are never formed",
+    "output_hidden_states": "hidden states are not kept",
+    "prompt_lookup_num_tokens": "the decoder has its own draft",
+    "penalty_alpha": "contrastive search looks ahead in its own way",
+    "dola_layers": "DoLa reads several layers' logits",
+    "use_mtp": "the decoder has its own draft",
+}
+
+
+def check_generation_config(config: GenerationConfig) -> None:
+    """Refuse what speculative decoding of one sequence a row cannot honour. Raises ValueError."""
+    if (config.num_beams or 1) > 1:
+        raise ValueError(f"num_beams must be 1, was {config.num_beams}: beams are not decoded speculatively")
+    for name, reason in _UNSUPPORTED.items():
+        if getattr(config, name, None):
+            raise ValueError(f"{name} must not be set, was {getattr(config, name)}: {reason}")
+
+
+def split_criteria(
+    criteria: StoppingCriteriaList, config: GenerationConfig
+) -> tuple[list[int], int, StoppingCriteriaList]:
+    """Stop ids and the maximal length (padding included), which the device checks, and the criteria that need Python."""
+    stops = set(ids_of(config.eos_token_id))
+    longest = int(config.max_length or 0)
+    rest = StoppingCriteriaList()
+    for criterion in criteria:
+        if type(criterion) is MaxLengthCriteria:
+            longest = min(longest or criterion.max_length, criterion.max_length)
+        elif type(criterion) is EosTokenCriteria:
+            stops.update(ids_of(criterion.eos_token_id.tolist()))
+        else:
+            rest.append(criterion)
+    return sorted(stops), longest, rest
+
+
+def ids_of(value: int | Sequence[int] | None) -> list[int]:
+    """One id, several or none, as transformers' configurations give them."""
+    if value is None:
+        return []
+    return [value] if isinstance(value, int) else list(value)
+
+
+def pad_id(config: GenerationConfig | None) -> int:
+    """What fills a rectangle: the pad id, else the first end of sequence, else 0."""
+    for value in (config.pad_token_id, config.eos_token_id) if config is not None else ():
+        if ids := ids_of(value):
+            return ids[0]
+    return 0

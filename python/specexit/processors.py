@@ -1,0 +1,114 @@
+"""Logits processors of transformers, with their exact meaning under speculation.
+
+The warpers that the sampler knows (temperature, top-k, top-p, min-p, in transformers' order at the end of the list)
+become its parameters. Any other processor must see the very prefix that plain decoding would show it, so it runs on
+the host, along the accepted path only: at most D + 1 calls a row and step.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers import LogitsProcessorList
+from transformers.generation.logits_process import (
+    LogitsProcessor,
+    MinPLogitsWarper,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from specexit.sampling import SamplingConfig
+from specexit_kernels import DecodeState, Tree, bits, sample_targets
+
+_WARPERS = (TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper, MinPLogitsWarper)
+
+
+def split_warpers(
+    processors: list[LogitsProcessor], do_sample: bool
+) -> tuple[SamplingConfig, LogitsProcessorList]:
+    """The sampler's parameters, and the processors that stay.
+
+    Only a tail of the list in the sampler's own order can become parameters: what runs after a warper must see its
+    result. A warper that keeps a minimum of tokens or marks the others by another value than -inf stays as well.
+    """
+    if not do_sample:
+        return SamplingConfig(), LogitsProcessorList(processors)
+    rest, values = list(processors), {"temperature": 1.0}
+    order = len(_WARPERS)
+    while rest and type(rest[-1]) in _WARPERS[:order]:
+        warper = rest[-1]
+        order = _WARPERS.index(type(warper))
+        if getattr(warper, "min_tokens_to_keep", 1) > 1 or getattr(warper, "filter_value", -float("inf")) > -1e30:
+            break
+        name = ("temperature", "top_k", "top_p", "min_p")[order]
+        values[name] = getattr(warper, name)
+        rest.pop()
+    return SamplingConfig(**values), LogitsProcessorList(rest)  # type: ignore[arg-type]
+
+
+class PathProcessor:
+    """Chooses targets along the accepted path with processors in the way; the counterpart of `Sampler`.
+
+    Reads the device, so runs with it are not capturable. Nodes off the path get -1, which matches no token.
+
+    prefixes  each row's ids as transformers would pass them, padding included; the decoder appends what it publishes
+    """
+
+    def __init__(
+        self,
+        processors: LogitsProcessorList,
+        config: SamplingConfig,
+        seeds: list[int],
+        prefixes: list[list[int]],
+        stop_ids: set[int],
+    ) -> None:
+        self.processors = processors
+        self.config = config
+        self.seeds = seeds
+        self.prefixes = prefixes
+        self.stop_ids = stop_ids
+
+    def __call__(self, logits: Tensor, tree: Tree, state: DecodeState) -> Tensor:
+        targets = torch.full_like(tree.tokens, -1)
+        tokens, parents = tree.tokens.tolist(), tree.parent.tolist()
+        alive = bits.unpack(tree.visible, tree.tokens.shape[1]).diagonal(dim1=1, dim2=2).tolist()
+        lengths, limits = state.lengths.tolist(), state.limits.tolist()
+        for row, finished in enumerate(state.finished.tolist()):
+            if finished:
+                continue
+            forced = state.forced[row, : int(state.n_forced[row])].tolist()
+            ids, node, position = list(self.prefixes[row]), 0, lengths[row] + 1
+            for depth in range(1, tree.tokens.shape[1] + 1):
+                token = forced[depth] if depth < len(forced) else self._token(logits[row, node], ids, row, position)
+                targets[row, node] = token
+                children = (
+                    child
+                    for child in range(1, len(tokens[row]))
+                    if alive[row][child] and parents[row][child] == node and tokens[row][child] == token
+                )
+                node = next(children, -1)
+                position += 1
+                if node < 0 or token in self.stop_ids or position >= limits[row]:
+                    break
+                ids.append(token)
+        return targets
+
+    def _token(self, logits: Tensor, ids: list[int], row: int, position: int) -> int:
+        device = logits.device
+        prefix = torch.tensor([ids], dtype=torch.int64, device=device)
+        scores = self.processors(prefix, logits[None].to(torch.float32, copy=True))
+
+        def one(value: float | None, dtype: torch.dtype) -> Tensor | None:
+            return None if value is None or self.config.temperature == 0 else torch.tensor([value], dtype=dtype).to(device)
+
+        token = sample_targets(
+            scores,
+            torch.tensor([position], dtype=torch.int32, device=device),
+            torch.tensor([self.seeds[row]], dtype=torch.int64, device=device),
+            temperature=one(self.config.temperature, torch.float32),
+            top_k=one(self.config.top_k, torch.int32),
+            top_p=one(self.config.top_p, torch.float32),
+            min_p=one(self.config.min_p, torch.float32),
+        )
+        return int(token)

@@ -1,0 +1,79 @@
+"""Prompts as the decoder needs them: every row at the left, its length beside it.
+
+Padding on either side is only the caller's rectangle. Rows are moved to the left, and what lies beyond a row's length
+is never visible and is overwritten by the tokens it generates.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """B prompts without padding.
+
+    tokens   [B, P] int32, left-aligned; junk beyond a row's length
+    lengths  tokens of each row, at least 1
+    """
+
+    tokens: Tensor
+    lengths: list[int]
+
+    def row(self, index: int) -> list[int]:
+        tokens: list[int] = self.tokens[index, : self.lengths[index]].tolist()
+        return tokens
+
+
+def pack_prompts(input_ids: Tensor, attention_mask: Tensor | None, vocab_size: int) -> Prompts:
+    """Check `input_ids` and `attention_mask`, both [B, P] integers, and move every row to the left.
+
+    Raises TypeError or ValueError for another shape or type, an empty prompt, a hole in the mask, or an id outside the
+    vocabulary.
+    """
+    if not isinstance(input_ids, Tensor):
+        raise TypeError(f"input_ids must be a tensor, was {type(input_ids).__name__}")
+    if input_ids.dim() != 2:
+        raise ValueError(f"input_ids must be [B, P], was {list(input_ids.shape)}")
+    if input_ids.is_floating_point() or input_ids.is_complex() or input_ids.dtype == torch.bool:
+        raise TypeError(f"input_ids must hold integers, was {input_ids.dtype}")
+    mask = torch.ones_like(input_ids, dtype=torch.bool)
+    if attention_mask is not None:
+        if attention_mask.shape != input_ids.shape:
+            raise ValueError(
+                f"attention_mask must be {list(input_ids.shape)} like input_ids, was {list(attention_mask.shape)}"
+            )
+        mask = attention_mask.to(input_ids.device) != 0
+    lengths: list[int] = mask.sum(1).tolist()
+    if 0 in lengths:
+        raise ValueError(f"input_ids must hold at least one token a prompt, row {lengths.index(0)} was empty")
+    first = mask.int().argmax(1, keepdim=True)
+    columns = torch.arange(input_ids.shape[1], device=input_ids.device)
+    within = (columns >= first) & (columns < first + mask.sum(1, keepdim=True))
+    if not torch.equal(within, mask):
+        raise ValueError("attention_mask must be padding on the left or on the right of each row, had a hole inside")
+    outside = mask & ((input_ids < 0) | (input_ids >= vocab_size))
+    if outside.any():
+        row, column = outside.nonzero()[0].tolist()
+        raise ValueError(
+            f"input_ids must be in [0, {vocab_size}), the base's vocabulary, was {int(input_ids[row, column])} "
+            f"at [{row}, {column}]"
+        )
+    source = (columns + first).clamp(max=max(input_ids.shape[1] - 1, 0))
+    left = input_ids.gather(1, source).where(columns < mask.sum(1, keepdim=True), 0)
+    return Prompts(left.int(), lengths)
+
+
+def left_padded(prompts: Prompts, pad: int) -> tuple[Tensor, Tensor]:
+    """The prompts as transformers wants a batch: ids and mask, [B, P] int64, padding on the left."""
+    width = max(prompts.lengths, default=0)
+    tokens = prompts.tokens[:, :width].long()
+    columns = torch.arange(width, device=tokens.device)
+    lengths = torch.tensor(prompts.lengths, device=tokens.device).unsqueeze(1)
+    shift = width - lengths
+    ids = tokens.gather(1, (columns - shift).clamp(min=0))
+    mask = columns >= shift
+    return ids.where(mask, pad), mask.long()

@@ -1,0 +1,108 @@
+"""From logits to the base's own token at every node.
+
+Drafts are deterministic, so sampling the base at each node and following the child that matches *is* lossless
+rejection sampling. The noise depends on (seed, position, token id) alone: the text is the same for every tree shape,
+for a chain, without speculation, and in any batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from specexit_kernels import DecodeState, Tree, sample_targets
+
+_MASK = 2**64 - 1
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """How a token is drawn; None switches a filter off, temperature 0 is greedy.
+
+    Raises ValueError for a value out of range.
+    """
+
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+
+    def __post_init__(self) -> None:
+        def check(name: str, valid: bool, wanted: str) -> None:
+            if not valid:
+                raise ValueError(f"{name} must be {wanted}, was {getattr(self, name)}")
+
+        check("temperature", 0 <= self.temperature < float("inf"), "a finite number, 0 (greedy) or more")
+        check("top_k", self.top_k is None or self.top_k >= 0, "0 or more")
+        check("top_p", self.top_p is None or 0 < self.top_p <= 1, "in (0, 1]")
+        check("min_p", self.min_p is None or 0 <= self.min_p <= 1, "in [0, 1]")
+
+
+def row_seeds(seed: int | Sequence[int] | None, batch: int) -> list[int]:
+    """A seed for each row: drawn from torch's generator (None), derived from one int and the row's index, or given.
+
+    Duplicate prompts in a batch get different seeds from one int, so different samples.
+    """
+    if seed is None:
+        drawn: list[int] = torch.randint(0, 2**62, (batch,)).tolist()
+        return drawn
+    if isinstance(seed, int):
+        return [_mix(_mix(seed & _MASK) + index) for index in range(batch)]
+    if len(seed) != batch:
+        raise ValueError(f"seed must be one int or one a prompt ({batch}), was {len(seed)} of them")
+    return [_signed(value) for value in seed]
+
+
+def _mix(value: int) -> int:
+    """The finalizer of SplitMix64 (Steele, Lea and Flood, OOPSLA 2014), on the next value of its sequence."""
+    value = (value + 0x9E3779B97F4A7C15) & _MASK
+    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK
+    return _signed(value ^ (value >> 31))
+
+
+def _signed(value: int) -> int:
+    """The same 64 bits as a signed integer, which is what a tensor of seeds holds."""
+    value &= _MASK
+    return value - 2**64 if value >> 63 else value
+
+
+class Sampler:
+    """Draws the base's token for every node of a batch of trees; one op, no host in it.
+
+    config  shared by the rows
+    seeds   one a row
+    nodes   T, so that the per-node parameters are laid out once
+    """
+
+    def __init__(self, config: SamplingConfig, seeds: Sequence[int], nodes: int, device: torch.device) -> None:
+        self.config = config
+        count = len(seeds) * nodes
+
+        def per_node(value: float | None, dtype: torch.dtype) -> Tensor | None:
+            return None if value is None else torch.full((count,), value, dtype=dtype, device=device)
+
+        greedy = config.temperature == 0
+        self.seeds = torch.tensor(seeds, dtype=torch.int64, device=device).repeat_interleave(nodes)
+        self.temperature = None if greedy else per_node(config.temperature, torch.float32)
+        self.top_k = None if greedy else per_node(config.top_k, torch.int32)
+        self.top_p = None if greedy else per_node(config.top_p, torch.float32)
+        self.min_p = None if greedy else per_node(config.min_p, torch.float32)
+
+    def __call__(self, logits: Tensor, tree: Tree, state: DecodeState) -> Tensor:
+        """logits [B, T, V] -> targets [B, T] int32: the token after each node, by the base alone."""
+        # A node at depth d stands at position L + d; its target is the token of the position after it.
+        positions = state.lengths.unsqueeze(1) + (tree.depth + 1)
+        targets = sample_targets(
+            logits.flatten(0, 1),
+            positions.flatten(),
+            self.seeds,
+            temperature=self.temperature,
+            top_k=self.top_k,
+            top_p=self.top_p,
+            min_p=self.min_p,
+        )
+        return targets.view(tree.tokens.shape)

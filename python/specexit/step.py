@@ -1,0 +1,102 @@
+"""One step of decoding, in the order in which it happens.
+
+A step is a function of the model, the draft, the rules and a set of fixed-address buffers. Its shapes are static and
+it never asks the device for a value, so on a GPU it can be captured once and replayed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from specexit.attention import TreeContext
+from specexit.base import BaseModel
+from specexit.cache import SlotCache
+from specexit.config import TreeConfig
+from specexit.drafts.base import Draft
+from specexit_kernels import DecodeState, ExitRules, Tree, accept, build_tree, compact_kv, decide_exit
+
+Choose = Callable[[Tensor, Tree, DecodeState], Tensor]  # logits [B, T, V], the tree, the state -> targets [B, T]
+
+
+@dataclass(frozen=True)
+class Buffers:
+    """What a batch carries from step to step; every tensor keeps its address.
+
+    tree           the tree that the next step verifies
+    stop_ids       [n] int32
+    last_features  [B, n H]: the base's features at position L - 1, which the draft reads again with the root
+    no_signals     [B, D + 1, 0] float32: what a missing draft says
+    """
+
+    tree: Tree
+    state: DecodeState
+    cache: SlotCache
+    stop_ids: Tensor
+    last_features: Tensor
+    no_signals: Tensor
+
+
+def decode_step(
+    base: BaseModel, draft: Draft | None, config: TreeConfig, choose: Choose, rules: ExitRules, buffers: Buffers
+) -> Tensor:
+    """Verify the tree, decide on an exit, publish tokens to `state.output`, and grow the next tree.
+
+    Returns the base's features of the nodes, [B, T, n H].
+    """
+    tree, state = buffers.tree, buffers.state
+
+    # The base reads the tree. No node at or past the limit is ever accepted, so clamping its position changes nothing
+    # and keeps it inside the model's position table.
+    positions = torch.minimum(state.lengths.unsqueeze(1) + tree.depth, state.limits.unsqueeze(1) - 1)
+    context = TreeContext(state.lengths, positions, tree.visible, span=config.max_depth)
+    logits, features = base.forward(tree.tokens, context, buffers.cache)
+
+    # Its own token at each node; the longest path that agrees; the keys and values of that path move into place.
+    targets = choose(logits, tree, state)
+    path, n_accepted, _ = accept(tree, targets, buffers.stop_ids, state)
+    if not config.is_chain:  # what is accepted of a chain is already in place
+        compact_kv(buffers.cache.keys(), buffers.cache.values(), path, n_accepted, state.lengths)
+
+    # The draft reads the accepted tokens and signals, for each, whether the thinking could end there.
+    if draft is None:
+        decide_exit(buffers.no_signals, rules, state)
+    else:
+        rows = chain_rows(features, path, config, buffers)
+        signals = draft.observe(rows, state.run, state.lengths - state.n_pending - 1, state.n_pending)
+        decide_exit(signals[:, 1:, : state.signals], rules, state)
+        # After an exit the last position is the boundary's; `n_output` is its row, as row 0 is position L - 1 before.
+        last = state.n_output.long().view(-1, 1, 1)
+        buffers.last_features.copy_(rows.take_along_dim(last, 1).squeeze(1))
+
+    grow_tree(draft, config, buffers)
+    return features
+
+
+def chain_rows(features: Tensor, path: Tensor, config: TreeConfig, buffers: Buffers) -> Tensor:
+    """What the draft reads: position L - 1 again, because an exit may have replaced the root, then the path.
+
+    features  [B, T, n H] of the tree
+    rows      [B, D + 2, n H]; rows past the accepted ones are junk
+    """
+    if config.is_chain:
+        features = features[:, : path.shape[1]]
+    else:
+        features = features.take_along_dim(path.clamp(min=0).long().unsqueeze(-1), 1)
+    return torch.cat([buffers.last_features.unsqueeze(1), features], 1)
+
+
+def grow_tree(draft: Draft | None, config: TreeConfig, buffers: Buffers) -> None:
+    """Put the next tree into its buffers: the draft's proposal, or the forced ids as a chain."""
+    state = buffers.state
+    if draft is None or config.max_depth == 0:
+        empty = state.run[:, :0]
+        tokens, scores, parents = empty, empty.float(), empty
+    else:
+        tokens, scores, parents = draft.propose(state.root, state.lengths)
+    tree = build_tree(state.root, tokens, scores, parents, config.nodes, state.forced, state.n_forced)
+    for buffer, value in zip(buffers.tree, tree, strict=True):
+        buffer.copy_(value)

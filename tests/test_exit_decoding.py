@@ -1,0 +1,144 @@
+"""Early exit through the whole decoder: where it happens depends on the text alone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from oracle_draft import OracleDraft
+from test_lossless import TREES, pad, prompts
+from tiny_models import VOCAB, tiny_model
+
+from specexit import ExitConfig, SpecExitDecoder
+
+NEW = 40
+# A third of the vocabulary ends a paragraph, so that boundaries are frequent in random text.
+BOUNDARIES = tuple(range(3, VOCAB, 3))
+
+
+def signals(position: int, following: int) -> list[float]:
+    """Raw signals of a position, a function of the text as the draft reads it; they rise with the position."""
+    wave = ((position * 37 + following * 11) % 17) / 17
+    return [position / 8 + wave - 3, position / 8 - wave - 2, 6 - position / 6 + wave]
+
+
+def config(end: tuple[int, ...], **options: object) -> ExitConfig:
+    return ExitConfig(
+        confidence=0.6,
+        progress=0.5,
+        remaining=30.0,
+        alpha=0.4,
+        boundary_ids=BOUNDARIES,
+        start_ids=(1,),
+        end_ids=end,
+        assume_thinking=True,
+        **options,
+    )
+
+
+def decode(model, rows, texts, exit, tree, **options):
+    ids, mask = pad(rows, "left")
+    decoder = SpecExitDecoder(model, OracleDraft(texts, signals=signals), exit=exit)
+    return decoder.generate(ids, mask, temperature=0.0, tree=tree, **{"max_new_tokens": NEW, **options})
+
+
+@pytest.mark.parametrize("end", [(2,), (2, 1)], ids=["one-id", "two-ids"])
+def test_exit_position_is_the_same_for_every_tree_and_batch(end: tuple[int, ...], rng: torch.Generator) -> None:
+    model = tiny_model("llama")
+    rows = prompts(rng, [6, 11, 4, 17, 9])
+    ids, mask = pad(rows, "left")
+    greedy = model.generate(ids, attention_mask=mask, max_new_tokens=NEW, do_sample=False)[:, ids.shape[1] :].tolist()
+    texts = [row.tolist() + new for row, new in zip(rows, greedy, strict=True)]
+    first = None
+    for label, tree in TREES.items():
+        out = decode(model, rows, texts, config(end), tree)
+        found = [(s.exit_position, s.exit_reason, s.thinking_tokens) for s in out.stats]
+        if first is None:
+            first = (found, out.new_tokens)
+            assert sum(position is not None for position, *_ in found) >= 3, "too few exits to mean anything"
+        assert (found, out.new_tokens) == first, label
+        for row, text, new, stats in zip(rows, texts, out.new_tokens, out.stats, strict=True):
+            if stats.exit_position is None:
+                assert new == text[len(row) :]
+                continue
+            kept = stats.exit_position + 1 - len(row)
+            assert new[:kept] == text[len(row) : stats.exit_position + 1], "thinking is the base's own up to the cut"
+            assert new[kept - 1] in BOUNDARIES
+            assert tuple(new[kept : kept + len(end)]) == end
+            # What follows is the base's own continuation of the cut text.
+            prefix = torch.tensor([row.tolist() + new[: kept + len(end)]])
+            rest = NEW - kept - len(end)
+            if rest > 0:
+                after = model.generate(prefix, max_new_tokens=rest, do_sample=False)[0, prefix.shape[1] :].tolist()
+                assert new[kept + len(end) :] == after
+    for index, row in enumerate(rows):
+        for label in ("plain", "chain", "12"):
+            out = decode(model, [row], texts[index : index + 1], config(end), TREES[label])
+            found = [(s.exit_position, s.exit_reason, s.thinking_tokens) for s in out.stats]
+            assert (found, out.new_tokens) == ([first[0][index]], [first[1][index]]), label
+
+
+def test_end_of_sequence_after_the_cut_is_undone(rng: torch.Generator) -> None:
+    """A stop id accepted in the same step as the cut, behind it, does not end the row."""
+    model = tiny_model("llama")
+    rows = prompts(rng, [8])
+    greedy = model.generate(rows[0][None], max_new_tokens=NEW, do_sample=False)[0, 8:].tolist()
+    texts = [rows[0].tolist() + greedy]
+    reference = decode(model, rows, texts, config((2,)), TREES["plain"])
+    position = reference.stats[0].exit_position
+    assert position is not None
+    stop = texts[0][position + 1]  # the token that the cut drops
+    if stop in texts[0][8 : position + 1]:
+        pytest.skip("the dropped token also stands before the cut in this text")
+    for label, tree in TREES.items():
+        out = decode(model, rows, texts, config((2,)), tree, eos_token_id=stop)
+        assert out.stats[0].exit_position == position, label
+        assert out.new_tokens[0][: position + 2 - 8] == reference.new_tokens[0][: position + 2 - 8]
+
+
+def test_exit_at_the_last_allowed_token_is_a_length_stop(rng: torch.Generator) -> None:
+    model = tiny_model("llama")
+    rows = prompts(rng, [8])
+    greedy = model.generate(rows[0][None], max_new_tokens=NEW, do_sample=False)[0, 8:].tolist()
+    texts = [rows[0].tolist() + greedy]
+    position = decode(model, rows, texts, config((2,)), TREES["plain"]).stats[0].exit_position
+    assert position is not None
+    new = position + 1 - 8
+    for label, tree in TREES.items():
+        out = decode(model, rows, texts, config((2,)), tree, max_new_tokens=new)
+        assert out.stats[0].finish_reason == "length", label
+        assert out.stats[0].exit_position is None
+        assert out.new_tokens[0] == greedy[:new]
+        out = decode(model, rows, texts, config((2,)), tree, max_new_tokens=new + 1)
+        assert out.stats[0].exit_position == position
+        assert out.new_tokens[0] == [*greedy[:new], 2]
+
+
+def test_nan_signals_never_exit(rng: torch.Generator) -> None:
+    model = tiny_model("llama")
+    rows = prompts(rng, [8, 3])
+    ids, mask = pad(rows, "left")
+    greedy = model.generate(ids, attention_mask=mask, max_new_tokens=NEW, do_sample=False)[:, ids.shape[1] :].tolist()
+    texts = [row.tolist() + new for row, new in zip(rows, greedy, strict=True)]
+    draft = OracleDraft(texts, signals=lambda position, token: [float("nan")] * 3)
+    decoder = SpecExitDecoder(model, draft, exit=config((2,)))
+    out = decoder.generate(ids, mask, max_new_tokens=NEW, temperature=0.0, tree=TREES["12"])
+    assert out.new_tokens == greedy
+    assert all(stats.exit_position is None for stats in out.stats)
+
+
+@pytest.mark.parametrize("hard", [False, True])
+def test_a_budget_needs_no_draft(hard: bool, rng: torch.Generator) -> None:
+    model = tiny_model("llama")
+    rows = prompts(rng, [8])
+    greedy = model.generate(rows[0][None], max_new_tokens=NEW, do_sample=False)[0, 8:].tolist()
+    budget = 6
+    exit = config((2,), thinking_budget=budget, hard_budget=hard)
+    out = SpecExitDecoder(model, exit=exit).generate(rows[0][None], max_new_tokens=NEW, temperature=0.0)
+    boundary = (i for i in range(budget - 1, NEW - 1) if hard or greedy[i] in BOUNDARIES)
+    expected = next(boundary, None)
+    if expected is None:
+        assert out.stats[0].exit_position is None
+    else:
+        assert out.stats[0].exit_position == 8 + expected
+        assert out.stats[0].exit_reason == "budget"
+        assert out.stats[0].thinking_tokens == expected + 1
