@@ -1,0 +1,128 @@
+"""The draft's head: RMSNorm, projection, log-softmax and the top k of each row; exit signals of the same normed row.
+
+    row = norm_weight * (x / sqrt(mean x^2 + eps))        logits = lm_head . row        signals = exit_weight . row
+
+The logits do not leave the op: only k of them are used, and the vocabulary is large.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from specexit_kernels import _checks
+from specexit_kernels._op import Op
+
+
+def draft_topk_ref(
+    hidden: Tensor,
+    norm_weight: Tensor,
+    eps: float,
+    lm_head: Tensor,
+    k: int,
+    exit_weight: Tensor | None = None,
+    exit_bias: Tensor | None = None,
+    token_map: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The meaning of `draft_topk` in plain PyTorch: CPU path and test oracle."""
+    dtype = torch.promote_types(hidden.dtype, torch.float32)
+    x = hidden.to(dtype)
+    x = x * torch.rsqrt(x.square().mean(1, keepdim=True) + eps)
+    row = (norm_weight * x.to(hidden.dtype)).to(dtype)  # rounded where Llama's RMSNorm rounds
+
+    logits = torch.nn.functional.linear(row, lm_head.to(dtype)).nan_to_num_(-math.inf, math.inf, -math.inf)
+    # topk leaves the order of ties open, a stable sort does not.
+    draft_ids = logits.argsort(dim=1, descending=True, stable=True)[:, :k]
+    # NaN: no finite logit in the row, or an infinite one.
+    logprobs = logits.log_softmax(1).gather(1, draft_ids).nan_to_num_(-math.inf, neginf=-math.inf)
+    tokens = draft_ids.int()
+    if token_map is not None:
+        tokens = tokens + token_map[draft_ids]
+
+    if exit_weight is None:
+        return tokens, logprobs, hidden.new_empty(hidden.shape[0], 0, dtype=dtype)
+    bias = None if exit_bias is None else exit_bias.to(dtype)
+    return tokens, logprobs, torch.nn.functional.linear(row, exit_weight.to(dtype), bias)
+
+
+def _outputs(
+    hidden: Tensor,
+    norm_weight: Tensor,
+    eps: float,
+    lm_head: Tensor,
+    k: int,
+    exit_weight: Tensor | None = None,
+    exit_bias: Tensor | None = None,
+    token_map: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    rows, signals = hidden.shape[0], 0 if exit_weight is None else exit_weight.shape[0]
+    dtype = torch.promote_types(hidden.dtype, torch.float32)
+    return (
+        hidden.new_empty(rows, k, dtype=torch.int32),
+        hidden.new_empty(rows, k, dtype=dtype),
+        hidden.new_empty(rows, signals, dtype=dtype),
+    )
+
+
+_OP = Op(
+    "draft_topk(Tensor hidden, Tensor norm_weight, float eps, Tensor lm_head, int k, Tensor? exit_weight=None,"
+    " Tensor? exit_bias=None, Tensor? token_map=None) -> (Tensor, Tensor, Tensor)",
+    draft_topk_ref,
+    _outputs,
+)
+
+
+def draft_topk(
+    hidden: Tensor,
+    norm_weight: Tensor,
+    eps: float,
+    lm_head: Tensor,
+    k: int,
+    *,
+    exit_weight: Tensor | None = None,
+    exit_bias: Tensor | None = None,
+    token_map: Tensor | None = None,
+    implementation: str | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The k most likely draft tokens of each hidden row, and the row's raw exit signals.
+
+    hidden       [N, H] x (fp32, bf16 or fp16; the twin also takes fp64), last stride 1
+    norm_weight  [H] x, of the RMSNorm
+    eps          positive, of the RMSNorm
+    lm_head      [Vd, H] x, last stride 1
+    k            from 1 to Vd
+    exit_weight  [S, H] x, S from 1 to 3: it reads the normed row; None: no signals
+    exit_bias    [S] x, only with `exit_weight`
+    token_map    [Vd] int32, EAGLE-3's `d2t`: the target token of draft token v is v + token_map[v]; None: v itself
+    tokens       [N, k] int32, after the map; by logit down, ties by draft token up
+    logprobs     [N, k] fp32 (fp64 for fp64): log-probabilities over the draft's vocabulary
+    signals      [N, S] like logprobs: raw, before sigmoid and exp
+
+    The norm is computed in fp32 and rounded to x, as in Llama; the logits are fp32. A logit that is NaN counts as -inf,
+    and a row without a softmax (all logits -inf, or one inf) has log-probability -inf throughout.
+    Raises TypeError for a wrong type or dtype, ValueError for a wrong shape, stride, device or value.
+    """
+    sizes: dict[str, int] = {}
+    _checks.tensor("hidden", hidden, ("N", "H"), _checks.FLOATS_64, sizes)
+    _checks.tensor("norm_weight", norm_weight, ("H",), hidden.dtype, sizes, hidden)
+    _checks.tensor("lm_head", lm_head, ("Vd", "H"), hidden.dtype, sizes, hidden)
+    for name, value in (("hidden", hidden), ("norm_weight", norm_weight), ("lm_head", lm_head)):
+        _checks.unit_stride(name, value)
+    _checks.positive("eps", eps)
+    _checks.between("k", k, 1, sizes["Vd"])
+    if exit_weight is not None:
+        _checks.tensor("exit_weight", exit_weight, ("S", "H"), hidden.dtype, sizes, hidden)
+        _checks.unit_stride("exit_weight", exit_weight)
+        _checks.between("exit_weight.shape[0]", sizes["S"], 1, 3)
+    if exit_bias is not None:
+        if exit_weight is None:
+            raise ValueError("exit_bias must be None without exit_weight")
+        _checks.tensor("exit_bias", exit_bias, ("S",), hidden.dtype, sizes, hidden)
+    if token_map is not None:
+        _checks.tensor("token_map", token_map, ("Vd",), torch.int32, sizes, hidden)
+    tokens, logprobs, signals = _OP(
+        hidden, norm_weight, eps, lm_head, k, exit_weight, exit_bias, token_map, implementation=implementation
+    )
+    return tokens, logprobs, signals
