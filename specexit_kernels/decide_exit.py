@@ -1,0 +1,263 @@
+"""The exit decision: raw signals -> smoothed values -> thresholds at boundaries -> the cut; then publication.
+
+    x = (sigmoid, sigmoid, exp)(z)      e = smooth(x)
+    exit at p:  p is a boundary inside thinking, e.confidence > t_c, e.progress > t_g, e.remaining < t_r
+
+SpecExit, arXiv 2509.24248. By default the decision is taken at each token, so that where thinking ends depends on the
+text alone, and not on how many tokens a step happened to accept. `per_step` is the rule of the public release.
+
+In the twin rows come first, [R, B] and [R, B, S] with R = D + 1, so that what a sequence has one of broadcasts.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from specexit_kernels import _checks
+from specexit_kernels._op import Op
+from specexit_kernels.markers import thinking_states
+from specexit_kernels.smoothing import smooth, values_needed
+from specexit_kernels.state import DecodeState, ExitReason, ExitRules, Finish
+
+
+def decide_exit_ref(
+    signals: Tensor,
+    rules: list[Tensor],
+    smoothing: int,
+    per_step: bool,
+    has_minimum: bool,
+    has_budget: bool,
+    force_stops: bool,
+    state: list[Tensor],
+) -> Tensor:
+    """The meaning of `decide_exit` in plain PyTorch: CPU path and test oracle."""
+    r = ExitRules.of(rules, smoothing, per_step, has_minimum, has_budget, force_stops)
+    s = DecodeState.of(state)
+    rows = s.run.shape[1] - 1
+    run = s.run.t()
+    tokens, following = run[:rows], run[1:]
+    count = torch.arange(1, rows + 1, dtype=torch.int32, device=run.device).unsqueeze(1)  # tokens up to each row
+    read = count <= s.n_pending
+    inside = thinking_states(tokens, count, read, s.tail, s.thinking, r.start, r.end)
+    s.thinking.copy_(inside[rows])
+    s.lengths.sub_(s.n_pending)  # L at the step's start, until the cut is known
+    counts = (inside[:rows] & inside[1:]).logical_and_(read).logical_and_(count > s.prompt_lengths - s.lengths)
+
+    by_signals = by_budget = None  # [B] int32: tokens of the run up to its first row that may be cut, R + 1 for none
+    x = e = valid = None
+    if signals.shape[2] or has_budget:
+        boundary = r.boundary[tokens].logical_and_(counts)
+    if has_minimum or has_budget:
+        total = counts.cumsum(0).add_(s.thinking_tokens)
+    if signals.shape[2]:
+        x, valid = _activate(signals.transpose(0, 1), counts)
+        e, fires = (_step_fires if per_step else _token_fires)(x, valid, inside, boundary, r, s)
+        if has_minimum:
+            fires.logical_and_(total >= r.min_thinking)
+        by_signals = torch.where(fires, count, rows + 1).amin(0)
+    if has_budget:
+        over = (boundary | r.hard_budget).logical_and_(counts).logical_and_(total >= r.budget)
+        by_budget = torch.where(over, count, rows + 1).amin(0)
+
+    if r.force.numel() and (signals.shape[2] or has_budget):
+        end = _cut(by_signals, by_budget, rows, r, s)
+        following = torch.where(count == end, r.force[0], following)
+    else:
+        end = torch.zeros_like(s.n_pending)
+        s.n_output.copy_(s.n_pending)
+        s.lengths.add_(s.n_pending)
+
+    stands = count <= s.n_output
+    torch.mul(following, stands, out=s.output.t())
+    s.thinking_tokens.add_((counts & stands).sum(0))
+    if s.tail.shape[1]:
+        recent = torch.arange(s.tail.shape[1], dtype=torch.int32, device=run.device) + s.n_output.unsqueeze(1)
+        s.tail.copy_(torch.cat([s.tail, s.run], 1).gather(1, recent))
+    if s.trace.shape[1]:
+        if x is None or e is None or valid is None:
+            s.trace.fill_(torch.nan)
+        else:
+            trace = s.trace.permute(1, 0, 2, 3)
+            torch.stack([x, e.expand_as(x)], 2, out=trace)
+            trace.masked_fill_(valid.logical_and_(stands.unsqueeze(2)).logical_not_().unsqueeze(2), torch.nan)
+    return end - 1
+
+
+def _activate(signals: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+    """Signal values x [R, B, S], 0 where they are not valid, and where they are: the row counts and x is finite."""
+    # 1 / (1 + exp(-z)), because torch.sigmoid gives an element other bits at another place in the tensor.
+    x = signals.clone()
+    shares = x[..., :2]  # confidence and progress; remaining is a length
+    shares.neg_()
+    x.exp_()
+    shares.add_(1).reciprocal_()
+    valid = (x < torch.inf).logical_and_(counts.unsqueeze(2))  # x is not negative; NaN compares false
+    return torch.where(valid, x, 0.0), valid
+
+
+def _token_fires(
+    x: Tensor, valid: Tensor, inside: Tensor, boundary: Tensor, r: ExitRules, s: DecodeState
+) -> tuple[Tensor, Tensor]:
+    """Smoothed values [R, B, S] after each row, and the rows [R, B] at which they allow an exit."""
+    outside = ~inside[1:] if r.start.numel() or r.end.numel() else None
+    e = _smooth(x, valid, outside, r, s)
+    return e, _passes(e, valid, r).logical_and_(boundary)
+
+
+def _step_fires(
+    x: Tensor, valid: Tensor, inside: Tensor, boundary: Tensor, r: ExitRules, s: DecodeState
+) -> tuple[Tensor, Tensor]:
+    """The release's rule: the values before this step, [1, B, S], decide at the first boundary of the run."""
+    undecided = s.seen < values_needed(r.smoothing, s.history.shape[2])
+    e = s.smoothed.masked_fill(undecided, torch.nan).unsqueeze(0)
+    ends = (inside[:-1] > inside[1:]).any(0, keepdim=True)  # thinking ends in this run by itself
+    first = (boundary.cumsum(0) == 1).logical_and_(boundary)
+    fires = first.logical_and_(_passes(e, None, r)).logical_and_(~ends)
+
+    n_valid = valid.sum(0, keepdim=True)
+    mean = (x.sum(0, keepdim=True, dtype=torch.float64) / n_valid.clamp(min=1)).float()
+    _smooth(mean, (n_valid > 0) & ~ends.unsqueeze(2), ends, r, s)
+    return e, fires
+
+
+def _smooth(x: Tensor, valid: Tensor, outside: Tensor | None, r: ExitRules, s: DecodeState) -> Tensor:
+    """e of each row, [R, B, S]; the state takes what the last row leaves."""
+    e, seen, history = smooth(r.smoothing, x, valid, outside, r.alpha, s.smoothed, s.seen, s.history)
+    s.smoothed.copy_(e[-1])
+    s.seen.copy_(seen[-1])
+    s.smoothed.masked_fill_(s.seen < values_needed(r.smoothing, s.history.shape[2]), 0)
+    if s.history.shape[2]:
+        s.history.copy_(history)
+    return e
+
+
+def _passes(e: Tensor, valid: Tensor | None, r: ExitRules) -> Tensor:
+    """Whether every used value passes its threshold: [R, B, S] -> [R, B]. NaN does not pass."""
+    margin = e - r.thresholds
+    if e.shape[2] == 3:
+        margin[..., 2].neg_()  # remaining must lie below
+    passed = margin > 0
+    if valid is not None:
+        passed.logical_and_(valid)
+    return (r.used <= passed).all(-1)  # used implies passed
+
+
+def _cut(by_signals: Tensor | None, by_budget: Tensor | None, rows: int, r: ExitRules, s: DecodeState) -> Tensor:
+    """End thinking where signals or budget first allow it: the tokens of the run up to there, [B] int32, 0 for none.
+
+    All of the state follows but what is published.
+    """
+    if by_signals is None or by_budget is None:
+        first = by_budget if by_signals is None else by_signals
+    else:
+        first = torch.minimum(by_signals, by_budget)
+    assert first is not None
+    is_cut = (first <= rows).logical_and_(s.n_forced == 0)
+    torch.where(is_cut, first, s.n_pending, out=s.n_output)
+    s.lengths.add_(s.n_output)
+    torch.where(is_cut, r.force[0], s.root, out=s.root)
+    of_row = is_cut.unsqueeze(1)
+    forced = s.forced[:, : r.force.numel()]
+    torch.where(of_row, r.force, forced, out=forced)
+    s.n_forced.masked_fill_(is_cut, r.force.numel())
+
+    # A finish past the cut is undone; the forced id, or its place, may be another.
+    if r.force_stops:
+        s.finished.masked_fill_(is_cut, Finish.STOP)
+    else:
+        s.finished.masked_fill_(is_cut, Finish.RUNNING)
+        s.finished.masked_fill_((s.limits - s.lengths == 1).logical_and_(is_cut), Finish.LENGTH)
+
+    is_first = (s.exit_position < 0).logical_and_(is_cut)
+    torch.where(is_first, s.lengths - 1, s.exit_position, out=s.exit_position)
+    s.exit_reason.masked_fill_(is_first, ExitReason.BUDGET if by_signals is None else ExitReason.SIGNALS)
+    if by_signals is not None and by_budget is not None:
+        s.exit_reason.masked_fill_((by_budget < by_signals).logical_and_(is_first), ExitReason.BUDGET)
+
+    s.thinking.masked_fill_(is_cut, 0)
+    s.seen.masked_fill_(of_row, 0)
+    s.smoothed.masked_fill_(of_row, 0)
+    if s.history.shape[2]:
+        s.history.masked_fill_(of_row.unsqueeze(2), 0)
+    return s.n_output * is_cut
+
+
+def _outputs(
+    signals: Tensor,
+    rules: list[Tensor],
+    smoothing: int,
+    per_step: bool,
+    has_minimum: bool,
+    has_budget: bool,
+    force_stops: bool,
+    state: list[Tensor],
+) -> Tensor:
+    return signals.new_empty(signals.shape[0], dtype=torch.int32)
+
+
+_OP = Op(
+    "decide_exit(Tensor signals, Tensor[] rules, int smoothing, bool per_step, bool has_minimum, bool has_budget,"
+    " bool force_stops, Tensor(a!)[] state) -> Tensor",
+    decide_exit_ref,
+    _outputs,
+)
+
+
+def decide_exit(signals: Tensor, rules: ExitRules, state: DecodeState, *, implementation: str | None = None) -> Tensor:
+    """Decide whether thinking ends in this step's run, cut the run there, and publish what stands.
+
+    signals  [B, D + 1, S] float32, any strides: raw logits; row r is of position L + r, of the token `state.run[:, r]`,
+             with L the length before this step's `accept`. Rows from `state.n_pending` on are not read. With no columns
+             at all, every signal of the step is missing
+    rules    when to cut
+    state    after this step's `accept`; changed in place, see below
+    cut      [B] int32: the row of the token that stays last, -1 where thinking goes on
+
+    A row counts if it is read, generated, and inside thinking before and after its token. Row r may be cut if it counts
+    and, by its signals, is a boundary at which all used values pass their thresholds (confidence and progress above,
+    remaining below, strictly), or, by its budget, is a boundary (any row, if the budget is hard) with enough thinking
+    tokens behind it; the first such row is cut. A missing (not finite) value leaves e as it was, and does not pass.
+    When thinking is over, values and counts of values start afresh; thinking tokens are counted on.
+    `per_step`: e is that of the steps before, the run's only chance is its first boundary, and there is none if
+    thinking ends in the run by itself; then the mean of the rows that count is the step's value.
+
+    The cut at row r: the tokens after it are dropped, the forced ids follow, thinking is over, and nothing that was
+    found past r leaves a mark in the state, a finish included. Rows with forced ids pending are not cut. Of the state,
+    `output` becomes the tokens of the run that stand and follow the old root, with the first forced id after a cut.
+
+    Raises TypeError for a wrong type or dtype, ValueError for a wrong shape or device, or rules of other sizes than the
+    state's.
+    """
+    if not isinstance(state, DecodeState):
+        raise TypeError(f"state must be a DecodeState, was {type(state).__name__}")
+    if not isinstance(rules, ExitRules):
+        raise TypeError(f"rules must be ExitRules, was {type(rules).__name__}")
+    like = state.lengths
+    sizes = {"B": state.batch, "D + 1": state.depth + 1, "S": state.signals}
+    _checks.tensor("rules.thresholds", rules.thresholds, ("B", "S"), torch.float32, sizes, like)
+    if isinstance(signals, Tensor) and signals.dim() == 3 and signals.shape[2] == 0:
+        sizes["S"] = 0
+    _checks.tensor("signals", signals, ("B", "D + 1", "S"), torch.float32, sizes, like)
+    if state.tail.shape[1] < rules.tail:
+        raise ValueError(f"state.tail must have {rules.tail} columns for these rules, was {list(state.tail.shape)}")
+    if state.forced.shape[1] < rules.force.numel():
+        raise ValueError(
+            f"state.forced must have {rules.force.numel()} columns for these rules, was {list(state.forced.shape)}"
+        )
+    if state.history.shape[2] != rules.window:
+        raise ValueError(
+            f"state.history must hold {rules.window} values for these rules, was {list(state.history.shape)}"
+        )
+    cut: Tensor = _OP(
+        signals,
+        rules.tensors(),
+        int(rules.smoothing),
+        rules.per_step,
+        rules.has_minimum,
+        rules.has_budget,
+        rules.force_stops,
+        state.tensors(),
+        implementation=implementation,
+    )
+    return cut
