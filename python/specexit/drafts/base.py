@@ -1,0 +1,104 @@
+"""What the decoder knows of a draft: it reads what the base has done, and it proposes tokens.
+
+Rows and positions. A draft reads *rows*: row p of a sequence is the base's features of position p together with the
+token at p + 1. So its committed rows are [0, L - 1) where the base has committed [0, L), and the row for position
+L - 1 is read with the *root*, the token that follows.
+
+Order of calls. `allocate` once; `read` over the prompt, in pieces; then in every decode step `observe` and, after the
+exit decision, `propose`:
+
+    draft.allocate(batch, capacity, tree, device, dtype)
+    draft.read(features[:, 0:n], tokens[:, 1:n+1], start)             # rows 0 .. L-2 of the prompts
+    while running:
+        signals = draft.observe(features, run, start, last)           # rows L-1 .. : the root, then the accepted tokens
+        ...                                                           # the exit decision; the row's root and length
+        candidates = draft.propose(root, lengths)                     # -> build_tree
+
+`read`, `observe` and `propose` never wait for the device, their shapes follow from those of their arguments, and their
+memory comes from `allocate` or from torch's allocator: a decode step can be captured in a CUDA graph. Anything that a
+drafter must know of a row it keeps in device memory; `propose` may use what the `observe` before it has left.
+
+An n-gram drafter reads only tokens: `feature_layers = ()`, no signals, `observe` appends the run to its own history and
+`propose` looks the root up. A block drafter returns one chain of candidates, each the parent of the next.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from specexit.config import TreeConfig
+
+
+class Candidates(NamedTuple):
+    """Tokens that may follow the root: the input of `build_tree`. C is the same in every step."""
+
+    tokens: Tensor  # [B, C] int32, ids of the base's vocabulary
+    scores: Tensor  # [B, C] float32: log-probability of the path from the root, never above the parent's; -inf: none
+    parents: Tensor  # [B, C] int32: candidate index of the parent, below the candidate's own; -1: the root
+
+
+class Draft(Protocol):
+    """A drafter. B is the batch that it was allocated for.
+
+    Features may be views of any strides with a dense last axis; token ids are the base's, in padding rows too.
+    """
+
+    @property
+    def n_signals(self) -> int:
+        """S: columns of what `observe` returns: 0, or the first S of confidence, progress, remaining."""
+        ...
+
+    @property
+    def feature_layers(self) -> tuple[int, ...] | None:
+        """Layers of the base whose inputs are the features, in this order; None: 2, N // 2 and N - 3 of N layers."""
+        ...
+
+    @property
+    def feature_size(self) -> int:
+        """Width of the features: three layers of the base side by side; 0 where it reads none."""
+        ...
+
+    def slots(self, tree: TreeConfig) -> int:
+        """Cache slots that a row needs beyond its longest committed length, for growing `tree`."""
+        ...
+
+    def allocate(
+        self, batch: int, capacity: int, tree: TreeConfig, device: torch.device | str, dtype: torch.dtype
+    ) -> None:
+        """Make the cache and the buffers for `batch` rows of at most `capacity` positions; what was there is gone.
+
+        device, dtype   the base's: of the features, the tokens and the lengths
+        Raises ValueError where the draft cannot serve the tree, the device or the dtype.
+        """
+        ...
+
+    def grow(self, slots: int) -> None:
+        """Add room for `slots` positions to every row; what was read stays. Addresses change: never inside a step."""
+        ...
+
+    def read(self, features: Tensor, tokens: Tensor, start: Tensor) -> None:
+        """Read rows of a prompt: as `observe`, without signals, and with nothing left for `propose`."""
+        ...
+
+    def observe(self, features: Tensor, tokens: Tensor, start: Tensor, last: Tensor) -> Tensor:
+        """Read R rows, and remember the last valid one for `propose`.
+
+        features  [B, R, feature_size] x: row r is position start + r
+        tokens    [B, R] int32: row r's is the token at position start + r + 1
+        start     [B] int32: the rows [0, start) are committed, and the R rows follow them
+        last      [B] int32: index of the last valid row, 0 to R - 1. The rows after it are padding: whatever they
+                  hold, valid rows do not see them, and a later call overwrites them
+        Returns the raw exit signals [B, R, S] float32, before any activation. NaN: this draft has no such signal.
+        """
+        ...
+
+    def propose(self, root: Tensor, lengths: Tensor) -> Candidates:
+        """Tokens that may follow the root.
+
+        root      [B] int32: the token of the last observed row
+        lengths   [B] int32: the rows [0, lengths) are committed, the last observed one included
+        """
+        ...
