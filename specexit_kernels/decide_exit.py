@@ -73,7 +73,7 @@ def decide_exit_ref(
     s.thinking_tokens.add_((counts & stands).sum(0))
     if s.tail.shape[1]:
         recent = torch.arange(s.tail.shape[1], dtype=torch.int32, device=run.device) + s.n_output.unsqueeze(1)
-        s.tail.copy_(torch.cat([s.tail, s.run], 1).gather(1, recent))
+        s.tail.copy_(torch.cat([s.tail, s.run], 1).gather(1, recent)).masked_fill_((end > 0).unsqueeze(1), -1)
     if s.trace.shape[1]:
         if x is None or e is None or valid is None:
             s.trace.fill_(torch.nan)

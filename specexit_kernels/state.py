@@ -85,7 +85,7 @@ class DecodeState:
     n_pending: Tensor  # [B] int32: tokens of the run after the old root
     thinking: Tensor  # [B] int32: 1 inside the thinking text, after the token at L - 1
     thinking_tokens: Tensor  # [B] int32: generated positions read inside thinking
-    tail: Tensor  # [B, M] int32: the M tokens before the root, -1 where there are none; M = longest marker - 1
+    tail: Tensor  # [B, M] int32: the M tokens before the root, for markers; -1: none, or before a cut; M = longest - 1
     smoothed: Tensor  # [B, S] float32: e, of the last read position; 0 while there is none
     seen: Tensor  # [B, S] int32: how many values went into it since thinking began; 0 outside thinking
     history: Tensor  # [B, S, w] float32: those values, newest last, 0 before the first (window and momentum smoothing)

@@ -199,16 +199,15 @@ def tell(
 ) -> Story:
     """Token-by-token decoding with an exit; `signals` is given the text up to the token after the position it is of."""
     story = Story(list(prompt), len(prompt))
-    text, forced = story.text, []
+    text, forced, origin = story.text, [], 0  # a marker does not reach back over a cut
     thinking, values = thinking_after(text[:-1], shared), [[] for _ in signals(text)]
     while not story.finished:
         p = len(text) - 1
-        before, thinking = thinking, thinking_after(text[-1:], shared, thinking)
-        if max(len(shared.start), len(shared.end)) > 1:  # markers that reach further back
-            if ends_with(text, shared.end):
-                thinking = False
-            elif ends_with(text, shared.start):
-                thinking = True
+        before = thinking
+        if ends_with(text[origin:], shared.end):
+            thinking = False
+        elif ends_with(text[origin:], shared.start):
+            thinking = True
         pending = len(forced) > 0
         text.append(forced.pop(0) if forced else choose(text))
         if text[-1] in shared.stop:
@@ -231,7 +230,7 @@ def tell(
         fires = fires and passes(e, [a is not None for a in x], row, story.margins)
         over = (at_boundary or row.hard) and story.thinking_tokens >= row.budget
         if (fires or over) and shared.force and not pending:
-            text[p + 1 :], forced = [shared.force[0]], list(shared.force[1:])
+            text[p + 1 :], forced, origin = [shared.force[0]], list(shared.force[1:]), p + 1
             story.finished = Finish.RUNNING
             if text[-1] in shared.stop:
                 story.finished = Finish.STOP
