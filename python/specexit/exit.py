@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -115,6 +115,27 @@ class ExitConfig:
     def release(cls) -> ExitConfig:
         """The rule of the public release: thinking from the first token, until the first `</think>` or exit."""
         return cls(alpha=0.1, granularity="step", source="fc", start_ids=(), assume_thinking=True)
+
+    @classmethod
+    def from_draft(cls, exit_head: Mapping[str, Any], loss: str = "no_loss") -> ExitConfig:
+        """A rule that was calibrated for a draft's exit head, as `exit_head` in the draft's config.json holds it.
+
+        exit_head  {"thresholds_from_calibration": {loss: {"conf", "prog", "remain", "alpha"}}}
+        loss       how much accuracy the calibration could cost: "no_loss" or "one_point", where the draft has them
+
+        Raises ValueError when it has no such rule.
+        """
+        rules = exit_head.get("thresholds_from_calibration", {})
+        if loss not in rules:
+            raise ValueError(f"loss must be one of {', '.join(rules) or 'none: the draft has no rule'}, was {loss!r}")
+        rule = rules[loss]
+        return cls(
+            confidence=rule.get("conf"),
+            progress=rule.get("prog"),
+            remaining=rule.get("remain"),
+            alpha=rule.get("alpha", cls.alpha),
+            source="output",
+        )
 
     @property
     def active(self) -> bool:
