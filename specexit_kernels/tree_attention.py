@@ -55,12 +55,13 @@ def tree_attention_ref(
     limits = _limits(lengths, positions, visible, slots, window, dtype)
     scores = scores.nan_to_num_(math.inf, math.inf, -math.inf).view(batch, kv_heads, group, queries, slots)
     scores = torch.minimum(scores, limits.view(batch, 1, 1, queries, slots))
-    if sinks is not None:
+    if sinks is None:
+        weights = scores.softmax(-1)
+    else:
         sink = sinks.to(dtype).view(1, kv_heads, group, 1, 1).expand(batch, -1, -1, queries, -1)
-        scores = torch.cat([scores, sink], dim=-1)
-    weights = scores.softmax(-1)[..., :slots].reshape(rows, group * queries, slots)
+        weights = torch.cat([scores, sink], dim=-1).softmax(-1)[..., :slots]
 
-    out = torch.bmm(weights, v.nan_to_num(0.0, 0.0, 0.0)).view(batch, kv_heads, group, queries, value_dim)
+    out = torch.bmm(weights.reshape(rows, group * queries, slots), v.nan_to_num(0.0, 0.0, 0.0)).view(batch, kv_heads, group, queries, value_dim)
     out = out.permute(0, 3, 1, 2, 4).contiguous().view(batch, queries, heads, value_dim)
     blind = (limits < 0).all(-1)  # the softmax over no slot at all is NaN
     return out.masked_fill_(blind.view(batch, queries, 1, 1), 0).to(q.dtype)
