@@ -10,6 +10,7 @@ from specexit_kernels.draft_topk import draft_topk
 from specexit_kernels.environment import environment
 from specexit_kernels.grow_beam import grow_beam
 from specexit_kernels.project_features import project_features
+from specexit_kernels.sample_targets import sample_targets
 from specexit_kernels.state import DecodeState, ExitReason, ExitRules, Finish, Smoothing, Tree
 from specexit_kernels.tree_attention import tree_attention
 from specexit_kernels.verify_tree import verify_tree
@@ -31,6 +32,7 @@ __all__ = [
     "grow_beam",
     "implementations",
     "project_features",
+    "sample_targets",
     "tree_attention",
     "verify_tree",
 ]

@@ -34,10 +34,15 @@ class OracleDraft:
         self.feature_size = 3 * hidden
         self.accuracy = accuracy
         self.signals = signals
-        self.n_signals = len(signals(0, 0)) if signals else 0
+        self.select_source("auto")
         self.vocab = vocab
         self.generator = torch.Generator().manual_seed(len(texts))
         self.read_rows: list[dict[int, int]] = []
+
+    calibration: dict[str, object] = {}
+
+    def select_source(self, source: str | None) -> None:
+        self.n_signals = len(self.signals(0, 0)) if self.signals and source is not None else 0
 
     def slots(self, tree: TreeConfig) -> int:
         return 0
@@ -65,7 +70,7 @@ class OracleDraft:
                 # Every row before this one has been read, with the token that is in the text by now.
                 assert all(p in self.read_rows[row] for p in range(position)), "a position was never read"
                 self.read_rows[row][position] = token
-                if self.signals:
+                if self.n_signals:
                     raw[row, r] = torch.tensor(self.signals(position, token))
         return raw
 

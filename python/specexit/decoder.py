@@ -23,21 +23,22 @@ from transformers import (
     PreTrainedTokenizerBase,
     StoppingCriteriaList,
 )
-from transformers.generation import EosTokenCriteria, GenerateDecoderOnlyOutput, MaxLengthCriteria
+from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.generation.streamers import BaseStreamer
 
 from specexit.base import BaseModel, probe
 from specexit.config import TreeConfig
 from specexit.drafts import Draft, load_draft
-from specexit.exit import ExitConfig
+from specexit.generation import check_generation_config, pad_id, split_criteria
 from specexit.loop import Request, decode
 from specexit.output import GenerateOutput, join_sequences
+from specexit.plan import Exit, ExitPlanner
 from specexit.processors import PathProcessor, split_warpers
 from specexit.prompts import left_padded, pack_prompts
 from specexit.sampling import Sampler, row_seeds
+from specexit.step import Choose
 
 Seed = int | Sequence[int] | None
-Exit = ExitConfig | Sequence[ExitConfig]
 
 
 class SpecExitDecoder:
@@ -77,7 +78,8 @@ class SpecExitDecoder:
         self.tokenizer = tokenizer
         self.capacity = capacity
         self.tree = tree or default_tree(self.base.device)
-        self.exit = exit
+        self.planner = ExitPlanner(draft, tokenizer, self.base.vocab_size)
+        self.exit: Exit = self.planner.default() if exit is None else exit
 
     @classmethod
     def from_pretrained(
@@ -244,38 +246,61 @@ class SpecExitDecoder:
             raise ValueError(f"streamer must be given one prompt, was given {input_ids.shape[0]}")
         tree = tree or self.tree
         prompts = pack_prompts(input_ids, attention_mask, self.base.vocab_size)
-        batch = len(prompts.lengths)
-        stop_ids = stop_token_ids(config)
-        rules, thinking, count_thinking = self._exit_rules(exit, prompts, stop_ids)
-        limits = self._limits(prompts.lengths, int(config.max_length) - input_ids.shape[1], tree)
+        stop_ids, longest, others = split_criteria(criteria, config)
+        wanted = [length + longest - input_ids.shape[1] for length in prompts.lengths]
+        limits = self._limits(prompts.lengths, wanted, tree)
+        plan = self.planner.plan(self.exit if exit is None else exit, prompts, stop_ids, self.device)
+        seeds = row_seeds(seed, len(wanted))
+        sampling, processors = split_warpers(list(processors), bool(config.do_sample))
         prefixes: list[list[int]] = input_ids.tolist()
-        seeds = row_seeds(seed, batch)
-        sampling, others = split_warpers(list(processors), bool(config.do_sample))
+        choose: Choose = Sampler(sampling, seeds, tree.nodes, self.device)
+        if processors:
+            choose = PathProcessor(processors, sampling, seeds, prefixes, set(stop_ids))
+        request = Request(
+            prompts=prompts,
+            prefixes=prefixes,
+            limits=limits,
+            slots=self.capacity,
+            stop_ids=stop_ids,
+            choose=choose,
+            rules=plan.rules,
+            thinking=plan.thinking,
+            trace=plan.reads_signals,
+            criteria=others,
+            streamer=streamer,
+        )
         if streamer is not None:
             streamer.put(input_ids.cpu())
-        rows = decode(
-            self.base,
-            self.draft,
-            tree,
-            Request(
-                prompts=prompts,
-                prefixes=prefixes,
-                limits=limits,
-                slots=self.capacity,
-                choose=PathProcessor(others, sampling, seeds, prefixes, set(stop_ids))
-                if others
-                else Sampler(sampling, seeds, tree.nodes, self.device),
-                rules=rules,
-                thinking=thinking,
-                criteria=StoppingCriteriaList(
-                    c for c in criteria if not isinstance(c, (MaxLengthCriteria, EosTokenCriteria))
-                ),
-                streamer=streamer,
-            ),
-        )
+        rows = decode(self.base, self.draft, tree, request)
         new_tokens = [prefix[input_ids.shape[1] :] for prefix in prefixes]
-        for row, tokens, limit, length in zip(rows, new_tokens, limits, prompts.lengths, strict=True):
-            row.thinking_tokens = count_thinking(tokens)
-            if row.finish_reason == "length" and limit - length < int(config.max_length) - input_ids.shape[1]:
+        for index, row in enumerate(rows):
+            row.thinking_tokens = plan.count_thinking(index, new_tokens[index])
+            if row.finish_reason == "length" and limits[index] < wanted[index]:
                 row.finish_reason = "capacity"
         return GenerateOutput(join_sequences(input_ids, new_tokens, pad_id(config)), new_tokens, rows)
+
+    def _limits(self, lengths: list[int], wanted: list[int], tree: TreeConfig) -> list[int]:
+        """Where each row must end: as wanted, or where a hard capacity has no room for another tree."""
+        if self.capacity is None:
+            return wanted
+        most = self.capacity - tree.nodes + 1
+        for length in lengths:
+            if length >= most:
+                raise ValueError(
+                    f"input_ids must leave room in the capacity of {self.capacity} slots for a tree of {tree.nodes} "
+                    f"nodes and one token: prompts up to {max(most - 1, 0)} tokens, was {length}"
+                )
+        return [min(limit, most) for limit in wanted]
+
+
+def default_tree(device: torch.device) -> TreeConfig:
+    """On a GPU a forward over 60 nodes costs what one over 1 does; on a CPU every node costs, so a chain pays best."""
+    return TreeConfig() if device.type == "cuda" else TreeConfig.chain(6)
+
+
+def feature_layers(model: PreTrainedModel, draft: Draft | None) -> tuple[int, ...]:
+    """The layers whose inputs the draft reads; EAGLE-3's where it does not say: one low, one middle, one high."""
+    if draft is None or draft.feature_layers is not None:
+        return () if draft is None else draft.feature_layers
+    count = model.config.get_text_config(decoder=True).num_hidden_layers
+    return (2, count // 2, count - 3)

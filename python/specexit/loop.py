@@ -80,7 +80,7 @@ def allocate(base: BaseModel, draft: Draft | None, config: TreeConfig, request: 
         batch,
         depth=config.max_depth,
         signals=rules.thresholds.shape[1],
-        forced=rules.force.shape[0],
+        forced=max(rules.force.shape[0], 1),
         tail=rules.tail,
         window=rules.window,
         trace=request.trace,

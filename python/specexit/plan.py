@@ -1,0 +1,101 @@
+"""From exit settings to what a batch needs on its device: rules, ids, and which prompts end inside the thinking."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from specexit.drafts.base import Draft
+from specexit.exit import SIGNALS, ExitConfig, markers_for, rules_for
+from specexit.prompts import Prompts
+from specexit.thinking import Markers, Tokenizer, count_thinking_tokens, is_thinking
+from specexit_kernels import ExitRules
+
+Exit = ExitConfig | Sequence[ExitConfig]
+
+
+@dataclass(frozen=True)
+class ExitPlan:
+    """The exit of one batch.
+
+    thinking  whether each prompt ends inside the thinking text
+    assume    what the settings say of that, per row
+    """
+
+    rules: ExitRules
+    markers: Markers
+    prompts: list[list[int]]
+    thinking: list[bool]
+    assume: list[bool | None]
+
+    @property
+    def reads_signals(self) -> bool:
+        return self.rules.thresholds.shape[1] > 0
+
+    def count_thinking(self, row: int, generated: Sequence[int]) -> int:
+        """Generated tokens of a row inside the thinking text."""
+        return count_thinking_tokens(self.prompts[row], generated, self.markers, self.assume[row])
+
+
+class ExitPlanner:
+    """Makes plans for one decoder; what a tokenizer says of markers and boundaries is looked up once."""
+
+    def __init__(self, draft: Draft | None, tokenizer: Tokenizer | None, vocabulary: int) -> None:
+        self.draft = draft
+        self.tokenizer = tokenizer
+        self.vocabulary = vocabulary
+        self._markers: dict[object, Markers] = {}
+
+    def plan(self, exit: Exit, prompts: Prompts, stop_ids: Sequence[int], device: torch.device) -> ExitPlan:
+        """Check the settings against draft and tokenizer, and let the draft read what they ask for.
+
+        Raises ValueError where the draft or the ids lack what the settings need.
+        """
+        batch = len(prompts.lengths)
+        configs = [exit] * batch if isinstance(exit, ExitConfig) else list(exit)
+        lead = next((config for config in configs if config.active), configs[0] if configs else ExitConfig.off())
+        signals = 0
+        if self.draft is not None:
+            reads = any(config.enabled for config in configs)
+            self.draft.select_source(lead.source if reads else None)
+            signals = self.draft.n_signals
+        markers = self.markers(lead)
+        rows = [prompts.row(index) for index in range(batch)]
+        assume = [config.assume_thinking for config in configs[:batch]]
+        return ExitPlan(
+            rules=rules_for(exit, self.vocabulary, markers, batch, device, signals, stop_ids),
+            markers=markers,
+            prompts=rows,
+            thinking=[is_thinking(row, markers, says) for row, says in zip(rows, assume, strict=True)],
+            assume=assume,
+        )
+
+    def markers(self, config: ExitConfig) -> Markers:
+        """The ids by the settings and the tokenizer."""
+        key = (
+            config.start_ids,
+            config.end_ids,
+            config.force_ids,
+            config.boundary_ids,
+            config.granularity,
+            config.active,
+        )
+        if key not in self._markers:
+            self._markers[key] = markers_for(config, self.tokenizer)
+        return self._markers[key]
+
+    def default(self) -> ExitConfig:
+        """The rule that was calibrated for the draft, or the default thresholds of the signals it has; no exit where
+        there are no signals, or no tokenizer that knows the markers of thinking."""
+        if self.draft is None or self.tokenizer is None or self.draft.n_signals == 0:
+            return ExitConfig.off()
+        config = ExitConfig(**dict.fromkeys(SIGNALS[self.draft.n_signals :]))
+        if self.draft.calibration:
+            config = ExitConfig.from_draft(self.draft.calibration)
+        try:
+            self.markers(config)
+        except ValueError:
+            return ExitConfig.off()
+        return config
