@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,23 @@ CONFIG: dict[str, Any] = {
     "early_stop_method": "confidence_progress_remain",
     "exit_head": {"signals": ["confidence", "progress", "remaining"]},
 }
+
+
+def speculators(config: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    """`config` as vLLM speculators writes it."""
+    own = {"draft_vocab_size": config["draft_vocab_size"], "target_hidden_size": None, "norm_before_fc": False}
+    layer = {k: v for k, v in config.items() if k not in ("draft_vocab_size", "architectures", "exit_head")}
+    layer.pop("early_stop_method")
+    return {
+        "architectures": ["Eagle3DraftModel"],
+        "speculators_model_type": "eagle3",
+        "speculators_config": {"algorithm": "eagle3", "verifier": {"name_or_path": "someone/base"}},
+        "transformer_layer_config": layer,
+        "norm_before_residual": True,
+        "eagle_aux_hidden_state_layer_ids": [2, 9, 15],
+        **own,
+        **changes,
+    }
 
 
 def random_tensors(
@@ -117,31 +135,26 @@ class Reference:
     def norm(self, name: str, x: Tensor) -> Tensor:
         return self.w[f"{name}.weight"] * x / (x.square().mean() + self.c["rms_norm_eps"]).sqrt()
 
-    def frequencies(self) -> list[float]:
-        hd = self.c["head_dim"]
-        plain = [self.c["rope_theta"] ** (-2 * i / hd) for i in range(hd // 2)]
-        scaling = self.c.get("rope_scaling")
+    def frequencies(self) -> Tensor:
+        """In float32, as transformers has them: a position in the hundreds turns the rounding into 1e-5 of an angle."""
+        hd, scaling = self.c["head_dim"], self.c.get("rope_scaling")
+        plain = 1.0 / self.c["rope_theta"] ** (torch.arange(0, hd, 2).float() / hd)
         if scaling is None:
             return plain
         assert scaling["rope_type"] == "llama3"
-        scaled, length = [], scaling["original_max_position_embeddings"]
+        scaled = []
         low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
         for f in plain:
-            turns = length * f / (2 * math.pi)  # of this frequency over the original context
-            if turns < low:
-                scaled.append(f / scaling["factor"])
-            elif turns > high:
-                scaled.append(f)
-            else:
-                share = (turns - low) / (high - low)
-                scaled.append((1 - share) * f / scaling["factor"] + share * f)
-        return scaled
+            turns = scaling["original_max_position_embeddings"] / (2 * math.pi / f)  # over the original context
+            share = ((turns - low) / (high - low)).clamp(0, 1)
+            scaled.append((1 - share) * f / scaling["factor"] + share * f)
+        return torch.stack(scaled)
 
     def rotate(self, head: Tensor, position: int) -> Tensor:
         half = len(head) // 2
         out = torch.empty_like(head)
         for i, f in enumerate(self.frequencies()):
-            cos, sin = math.cos(position * f), math.sin(position * f)
+            cos, sin = (position * f).cos().item(), (position * f).sin().item()
             out[i] = head[i] * cos - head[i + half] * sin
             out[i + half] = head[i + half] * cos + head[i] * sin
         return out
@@ -150,6 +163,14 @@ class Reference:
         """Features [3 Ht] of a position -> the draft's feature [H], and the signals of fc."""
         z = self.w["fc.weight"] @ features.double()
         return z[: self.c["hidden_size"]], z[self.c["hidden_size"] :]
+
+    def read(self, features: Tensor, tokens: list[int]) -> list[Row]:
+        """Rows 0, 1, ..: features [n, 3 Ht] of those positions, and the tokens that follow them."""
+        rows: list[Row] = []
+        for position, token in enumerate(tokens):
+            feature, _ = self.project(features[position])
+            rows.append(Row(token, feature, position, list(rows)))
+        return rows
 
     def inputs(self, row: Row) -> Tensor:
         embedded = self.norm("midlayer.input_layernorm", self.embedding[row.token])
@@ -189,40 +210,42 @@ class Reference:
     def exit_signals(self, row: Row) -> Tensor:
         return self.w["exit_head.weight"] @ self.norm("norm", self.output(row)) + self.w["exit_head.bias"]
 
-    def children(self, row: Row, k: int) -> list[tuple[int, float]]:
-        """The k most likely next tokens, as ids of the base, with their log-probabilities."""
+    def logprobs(self, row: Row) -> dict[int, float]:
+        """Of every next token that the draft can propose, by the base's id."""
         logprobs = (self.w["lm_head.weight"] @ self.norm("norm", self.output(row))).log_softmax(0)
-        best = sorted(range(len(logprobs)), key=lambda v: (-logprobs[v].item(), v))[:k]
-        d2t = self.w.get("d2t")
-        return [(v + (int(d2t[v]) if d2t is not None else 0), logprobs[v].item()) for v in best]
+        d2t = self.w.get("d2t", torch.zeros(len(logprobs)))
+        return {v + int(d2t[v]): logprobs[v].item() for v in range(len(logprobs))}
 
-    def read(self, features: Tensor, tokens: list[int]) -> list[Row]:
-        """Rows 0, 1, ..: features [n, 3 Ht] of those positions, and the tokens that follow them."""
-        rows: list[Row] = []
-        for position, token in enumerate(tokens):
-            feature, _ = self.project(features[position])
-            rows.append(Row(token, feature, position, list(rows)))
-        return rows
+    def check_candidates(
+        self, rows: list[Row], tokens: list[int], scores: list[float], parents: list[int], k: int, depth: int
+    ) -> None:
+        """Assert that a beam of width k below the last row finds these candidates.
 
-    def candidates(self, rows: list[Row], k: int, depth: int) -> tuple[list[int], list[float], list[int]]:
-        """Tokens, scores and parents that a beam of width k finds below the last row, in the order of `Candidates`."""
-        tokens: list[int] = []
-        scores: list[float] = []
-        parents: list[int] = []
+        Scores are compared within a tolerance. Which candidates go on is decided by the scores that were reported, and
+        compared exactly: a near tie cannot fail the test.
+        """
+        near = 1e-4
         beam: list[tuple[int, Row]] = [(-1, rows[-1])]  # candidate index, and the row that proposes its children
+        at = 0
         for level in range(depth):
-            first = len(tokens)
+            first = at
             for candidate, row in beam:
-                for token, logprob in self.children(row, k):
-                    parent_score = scores[candidate] if candidate >= 0 else 0.0
-                    tokens.append(token)
-                    scores.append(min(parent_score + logprob, parent_score))
-                    parents.append(candidate)
-            best = sorted(range(first, len(tokens)), key=lambda i: (-scores[i], i))[:k]
+                above = scores[candidate] if candidate >= 0 else 0.0
+                logprobs = self.logprobs(row)
+                children = range(at, at + k)
+                assert [parents[i] for i in children] == [candidate] * k
+                for i in children:
+                    expected = min(above + logprobs[tokens[i]], above)
+                    assert abs(scores[i] - expected) < near, (level, scores[i], expected)
+                found = [logprobs.pop(tokens[i]) for i in children]  # pop: no child twice
+                assert all(a >= b - near for a, b in pairwise(found))
+                assert not logprobs or found[-1] >= max(logprobs.values()) - near
+                at += k
+            best = sorted(range(first, at), key=lambda i: (-scores[i], i))[:k]
             proposers = dict(beam)
             beam = []
             for i in best:
-                above = proposers[parents[i]]
-                sees = [*rows] if level == 0 else [*above.sees, above]
-                beam.append((i, Row(tokens[i], self.output(above), rows[-1].position + 1 + level, sees)))
-        return tokens, scores, parents
+                above_row = proposers[parents[i]]
+                sees = [*rows] if level == 0 else [*above_row.sees, above_row]
+                beam.append((i, Row(tokens[i], self.output(above_row), rows[-1].position + 1 + level, sees)))
+        assert at == len(tokens) == len(scores) == len(parents)

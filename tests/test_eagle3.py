@@ -11,8 +11,9 @@ from safetensors.torch import load_file
 from tolerances import assert_close
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from specexit.bundled import bundled_pair
+from specexit.bundled import bundled_pair, load_problems
 from specexit.config import TreeConfig
 from specexit.drafts import Eagle3Draft, load_draft
 
@@ -96,7 +97,13 @@ def check_signals(case: Case, signals: Tensor, start: list[int], last: list[int]
             expected = torch.stack([case.reference.exit_signals(row) for row in rows])
         else:
             expected = torch.stack([case.reference.project(case.features[b, p])[1] for p in range(s, s + n + 1)])
-        assert_close(signals[b, : n + 1], expected, torch.float32)
+        assert_signals(signals[b, : n + 1], expected)
+
+
+def assert_signals(actual: Tensor, expected: Tensor) -> None:
+    """Within float32's tolerance, relative to the largest: a small signal is the difference of large terms."""
+    scale = expected.abs().max().clamp(min=1)
+    assert_close(actual / scale, expected / scale, torch.float32)
 
 
 def check_candidates(case: Case, lengths: list[int], tree: TreeConfig) -> None:
@@ -105,10 +112,9 @@ def check_candidates(case: Case, lengths: list[int], tree: TreeConfig) -> None:
     assert [x.dtype for x in candidates] == [torch.int32, torch.float32, torch.int32]
     assert candidates.tokens.shape == (len(lengths), tree.candidates)
     for b, n in enumerate(lengths):
-        tokens, scores, parents = case.reference.candidates(case.rows(b, n), tree.top_k, tree.max_depth)
-        assert candidates.tokens[b].tolist() == tokens
-        assert candidates.parents[b].tolist() == parents
-        assert_close(candidates.scores[b], torch.tensor(scores, dtype=torch.float64), torch.float32)
+        case.reference.check_candidates(
+            case.rows(b, n), *(x[b].tolist() for x in candidates), k=tree.top_k, depth=tree.max_depth
+        )
 
 
 @pytest.mark.parametrize("source", ["fc", "output"])
@@ -153,7 +159,7 @@ def test_prompt_in_pieces_is_the_prompt_at_once(tmp_path, rng):
         check_candidates(case, [23, 23, 23], tree)
         results.append(signals[:, :3])
     for other in results[1:]:
-        assert_close(other, results[0])
+        assert_signals(other, results[0])
 
 
 def test_read_leaves_what_observe_leaves(tmp_path, rng):
@@ -167,7 +173,7 @@ def test_read_leaves_what_observe_leaves(tmp_path, rng):
         else:
             case.draft.observe(case.features[:, :9], case.tokens[:, 1:10], ints(0, 0, 0), ints(8, 8, 8))
         signals.append(observe(case, [9, 9, 9], [1, 1, 1], tree)[:, :2])
-    assert_close(signals[0], signals[1])
+    assert_signals(signals[0], signals[1])
 
 
 def test_long_prompt_in_one_piece(tmp_path, rng):
@@ -180,7 +186,7 @@ def test_long_prompt_in_one_piece(tmp_path, rng):
     read(case, [0], n)
     signals = observe(case, [n], [0], tree)
     rows = case.rows(0, n + 1)
-    assert_close(signals[0, 0], case.reference.exit_signals(rows[-1]), torch.float32)
+    assert_signals(signals[0, 0], case.reference.exit_signals(rows[-1]))
 
 
 @pytest.mark.parametrize("top_k", [1, 3])
@@ -197,7 +203,7 @@ def test_junk_of_earlier_steps_is_invisible(top_k, tmp_path, rng):
     dirty = observe(case, [4, 4, 4], [0, 1, 2], tree)
     check_candidates(case, [5, 6, 7], tree)
     for b in range(3):
-        assert_close(dirty[b, : b + 1], clean[b, : b + 1])
+        assert_signals(dirty[b, : b + 1], clean[b, : b + 1])
     start, last = [4, 5, 6], [1, 5, 0]
     check_signals(case, observe(case, start, last, tree), start, last)
 
@@ -243,6 +249,28 @@ def test_draft_without_signals(tmp_path, rng):
 def test_auto_prefers_the_output(tmp_path, rng):
     assert make_case(tmp_path / "both", rng).draft.source == "output"
     assert make_case(tmp_path / "fc", rng, {"exit_head": None}).draft.source == "fc"
+
+
+def test_source_can_be_chosen_later(tmp_path, rng):
+    case = make_case(tmp_path, rng)
+    for source, n_signals in (("fc", 3), (None, 0), ("output", 3), ("auto", 3)):
+        case.draft.select_source(source)
+        assert case.draft.n_signals == n_signals
+        tree = TreeConfig.chain(2)
+        allocate(case, tree)
+        signals = observe(case, [0, 0, 0], [1, 1, 1], tree)
+        assert signals.shape == (3, 4, n_signals)
+        if source is not None:
+            check_signals(case, signals, [0, 0, 0], [1, 1, 1])
+        check_candidates(case, [2, 2, 2], tree)
+    with pytest.raises(ValueError, match="source must be"):
+        case.draft.select_source("head")
+
+
+def test_calibration_is_what_the_config_says(tmp_path, rng):
+    thresholds = {"thresholds_from_calibration": {"no_loss": {"conf": 0.5}}}
+    assert make_case(tmp_path / "with", rng, {"exit_head": thresholds}).draft.calibration == thresholds
+    assert make_case(tmp_path / "without", rng, {"exit_head": None}).draft.calibration == {}
 
 
 def test_grow_keeps_what_was_read(tmp_path, rng):
@@ -292,8 +320,7 @@ def test_bundled_draft_matches_the_reference(source, dtype, rng):
     assert error < {torch.float32: 1e-5, torch.bfloat16: 5e-2}[dtype]
     if dtype == torch.float32:
         candidates = draft.propose(tokens[:, 12], ints(12))
-        best = reference.children(rows[-1], 4)
-        assert_close(candidates.scores[0, :4], torch.tensor([p for _, p in best], dtype=torch.float64), dtype)
+        reference.check_candidates(rows, *(x[0].tolist() for x in candidates), k=4, depth=3)
 
 
 class NoSync(TorchDispatchMode):
@@ -383,3 +410,29 @@ def test_calls_out_of_order_are_refused(tmp_path, rng):
     allocate(case, TreeConfig.chain(2))
     with pytest.raises(RuntimeError, match="propose needs an observe before it"):
         case.draft.propose(ints(1, 2, 3), ints(2, 2, 2))
+
+
+def test_bundled_draft_predicts_its_base():
+    """Features, token shift and embedding as the draft was trained with: it guesses most of the base's own text."""
+    pair = bundled_pair()
+    base = AutoModelForCausalLM.from_pretrained(pair.base, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(pair.base)
+    question = [{"role": "user", "content": load_problems("calibration")[0].question}]
+    prompt = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    text = base.generate(**prompt, max_new_tokens=64, do_sample=False)
+    draft = load_draft(pair.draft, embedding=base.get_input_embeddings())
+    assert draft.feature_layers is not None
+    states = base(text, output_hidden_states=True).hidden_states  # states[i] enters layer i
+    features = torch.cat([states[i] for i in draft.feature_layers], -1)
+
+    # One batch row for each position of the answer: it has read what lies before, and guesses the token at p + 2.
+    first = prompt["input_ids"].shape[1] - 1
+    start = torch.arange(first, text.shape[1] - 2, dtype=torch.int32)
+    B, at = len(start), start.long()
+    draft.allocate(B, text.shape[1], TreeConfig.chain(1), "cpu", torch.float32)
+    tokens = text.int().expand(B, -1)
+    draft.read(features[:, :-1].expand(B, -1, -1), tokens[:, 1:], start * 0)
+    root = text[0, at + 1].int()
+    draft.observe(features[0, at].unsqueeze(1), root.unsqueeze(1), start, start * 0)
+    guesses = draft.propose(root, start + 1).tokens[:, 0]
+    assert (guesses == text[0, at + 2]).float().mean() > 0.85  # 0.95 over the whole test split

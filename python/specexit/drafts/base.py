@@ -24,7 +24,8 @@ An n-gram drafter reads only tokens: `feature_layers = ()`, no signals, `observe
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from collections.abc import Mapping
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -58,7 +59,20 @@ class Draft(Protocol):
 
     @property
     def feature_size(self) -> int:
-        """Width of the features: three layers of the base side by side; 0 where it reads none."""
+        """Numbers that a position's features hold: 3H for three layers of a base of hidden size H; 0: it reads none."""
+        ...
+
+    @property
+    def calibration(self) -> Mapping[str, Any]:
+        """What was calibrated for its signals, as `ExitConfig.from_draft` reads it; empty: nothing was."""
+        ...
+
+    def select_source(self, source: str | None) -> None:
+        """Read signals from "fc", "output", or "auto", the best there is; None: read none. `n_signals` follows.
+
+        Before `allocate`: which rows and cache are needed depends on it.
+        Raises ValueError where the draft has no signals there.
+        """
         ...
 
     def slots(self, tree: TreeConfig) -> int:

@@ -28,8 +28,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from specexit.drafts.eagle3 import Eagle3Draft, Source, embedding_table
-from specexit.drafts.eagle3_config import Eagle3Config
+from specexit.drafts.eagle3 import Eagle3Draft, embedding_table
+from specexit.drafts.eagle3_config import Eagle3Config, Source
 from specexit.drafts.tensor_files import WEIGHTS, read_tensors, resolve
 
 EMBEDDING = "embed_tokens.weight"

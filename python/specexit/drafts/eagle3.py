@@ -13,7 +13,8 @@ grows in levels, each one pass of the layer over the k best tokens of the level 
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,15 +22,13 @@ from torch.nn import functional as F  # noqa: N812
 
 from specexit.config import TreeConfig
 from specexit.drafts.base import Candidates
-from specexit.drafts.eagle3_config import ALL_SIGNALS, Eagle3Config
+from specexit.drafts.eagle3_config import ALL_SIGNALS, Eagle3Config, Source
 from specexit.drafts.eagle3_workspace import Rows, Workspace
 from specexit.drafts.rope import rotate_
 from specexit_kernels.draft_topk import draft_topk
 from specexit_kernels.grow_beam import grow_beam
 from specexit_kernels.project_features import project_features
 from specexit_kernels.tree_attention import tree_attention
-
-Source = Literal["fc", "output"]
 
 
 class _Observed(NamedTuple):
@@ -99,7 +98,7 @@ class Eagle3Draft(nn.Module):
         self.exit_bias = None if config.exit_head is None else weight(ALL_SIGNALS)
         self.d2t: Tensor | None  # [Vd] int32: target id = draft id + d2t[draft id]; None: they are the same
         self.register_buffer("d2t", None)
-        self.source = _resolve_source(config, source)
+        self.source: Source | None = config.resolve_source(source)
         self._token_map: Tensor | None = None
         self._workspace: Workspace | None = None
         self._observed: _Observed | None = None
@@ -118,6 +117,13 @@ class Eagle3Draft(nn.Module):
     @property
     def feature_size(self) -> int:
         return 3 * self.config.target_hidden_size
+
+    @property
+    def calibration(self) -> Mapping[str, Any]:
+        return self.config.exit_head or {}
+
+    def select_source(self, source: str | None) -> None:
+        self.source = None if source is None else self.config.resolve_source(source)
 
     def slots(self, tree: TreeConfig) -> int:
         """A step's rows reach depth + 1 slots past the length, its levels top_k * (depth - 1)."""
@@ -162,7 +168,6 @@ class Eagle3Draft(nn.Module):
         H = self.config.hidden_size
         fc = self.fc_weight if self.source == "fc" else self.fc_weight[:H]
         feature, signals = self._project(features, fc)
-        signals = signals.float()
         if self.source == "fc" and signals.shape[-1] < self.n_signals:  # one signal alone, behind those it lacks
             signals = F.pad(signals, (self.n_signals - signals.shape[-1], 0), value=float("nan"))
         if self._reads_only_fc(w):
@@ -212,9 +217,10 @@ class Eagle3Draft(nn.Module):
         """Features [B, R, 3 Ht] -> the draft's features [N, H], and the raw signals of the weight's other rows."""
         flat, H = features.flatten(0, 1), self.config.hidden_size
         if self.config.target_hidden_size == H:
-            return project_features(flat.view(-1, 3, H).unbind(1), weight)
-        signals = F.linear(flat.float(), weight[H:].float())  # a draft narrower than its base: the op has no such case
-        return F.linear(flat, weight[:H]), signals
+            feature, signals = project_features(flat.view(-1, 3, H).unbind(1), weight)
+            return feature, signals.float()
+        # A draft narrower than its base: the op has no such case.
+        return F.linear(flat, weight[:H]), F.linear(flat.float(), weight[H:].float())
 
     def _inputs(self, tokens: Tensor, feature: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens [N] and their features [N, H] -> the layer's input [N, 2H] and its residual [N, H]."""
@@ -271,18 +277,6 @@ class Eagle3Draft(nn.Module):
     def _reads_only_fc(self, w: Workspace) -> bool:
         """No tree to grow and no signal on the layer's output: the layer need not run, and there is no cache."""
         return w.depth == 0 and self.source != "output"
-
-
-def _resolve_source(config: Eagle3Config, source: str) -> Source | None:
-    """Where signals are read; None: the draft has none."""
-    there: dict[str, bool] = {"output": config.exit_head is not None, "fc": bool(config.fc_signals)}
-    if source == "auto":
-        return "output" if there["output"] else "fc" if there["fc"] else None
-    if source not in there:
-        raise ValueError(f"source must be 'fc', 'output' or 'auto', was {source!r}")
-    if not there[source]:
-        raise ValueError(f"source {source!r}: this draft has no exit signals there")
-    return "output" if source == "output" else "fc"
 
 
 def embedding_table(embedding: nn.Module) -> Tensor:

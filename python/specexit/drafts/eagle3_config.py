@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from specexit.drafts.rope import parse_rope
 
@@ -23,6 +23,7 @@ FC_SIGNALS: dict[str | None, tuple[int, ...]] = {
     "confidence_progress_remain": (0, 1, 2),
 }
 ALL_SIGNALS = 3
+Source = Literal["fc", "output"]  # where exit signals are read: rows of the feature projection, or the layer's output
 ARCHITECTURES = ["LlamaForCausalLMEagle3"]
 
 
@@ -78,6 +79,17 @@ class Eagle3Config:
     def fc_signals(self) -> tuple[int, ...]:
         """Columns of (confidence, progress, remaining) that the last rows of `fc` hold."""
         return FC_SIGNALS[self.early_stop_method]
+
+    def resolve_source(self, source: str) -> Source | None:
+        """Where signals are read when `source` is asked for; "auto": the output, else fc, else None: there are none."""
+        there = {"output": self.exit_head is not None, "fc": bool(self.fc_signals)}
+        if source == "auto":
+            return "output" if there["output"] else "fc" if there["fc"] else None
+        if source not in there:
+            raise ValueError(f"source must be 'fc', 'output' or 'auto', was {source!r}")
+        if not there[source]:
+            raise ValueError(f"source {source!r}: this draft has no exit signals there")
+        return "output" if source == "output" else "fc"
 
     @staticmethod
     def read(path: Path) -> Eagle3Config:
