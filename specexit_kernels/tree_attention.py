@@ -61,10 +61,10 @@ def tree_attention_ref(
         sink = sinks.to(dtype).view(1, kv_heads, group, 1, 1).expand(batch, -1, -1, queries, -1)
         weights = torch.cat([scores, sink], dim=-1).softmax(-1)[..., :slots]
 
-    out = torch.bmm(weights.reshape(rows, group * queries, slots), v.nan_to_num(0.0, 0.0, 0.0)).view(batch, kv_heads, group, queries, value_dim)
-    out = out.permute(0, 3, 1, 2, 4).contiguous().view(batch, queries, heads, value_dim)
-    blind = (limits < 0).all(-1)  # the softmax over no slot at all is NaN
-    return out.masked_fill_(blind.view(batch, queries, 1, 1), 0).to(q.dtype)
+    out = torch.bmm(weights.reshape(rows, group * queries, slots), v.nan_to_num(0.0, 0.0, 0.0))
+    out = out.view(batch, kv_heads, group, queries, value_dim).permute(0, 3, 1, 2, 4).contiguous()
+    blind = (limits < 0).all(-1).view(batch, queries, 1, 1)  # the softmax over no slot at all is NaN
+    return out.view(batch, queries, heads, value_dim).masked_fill_(blind, 0).to(q.dtype)
 
 
 def _gather_pages(pages: Tensor, block_table: Tensor) -> Tensor:
