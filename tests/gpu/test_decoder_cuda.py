@@ -1,0 +1,63 @@
+"""The decoder on CUDA with the bundled pair, in float32: its text is `generate`'s, whatever the tree."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import BatchEncoding
+
+from specexit import ExitConfig, SpecExitDecoder, TreeConfig
+from specexit.bundled import bundled_pair, load_problems
+
+DEVICE = "cuda"
+PROBLEMS = 4
+NEW_TOKENS = 300  # an exit takes about 175
+TREES = {"none": TreeConfig.none(), "chain": TreeConfig.chain(5), "tree": TreeConfig(nodes=60, depth=7, top_k=10)}
+
+
+@pytest.fixture(scope="module")
+def decoder() -> SpecExitDecoder:
+    pair = bundled_pair()
+    return SpecExitDecoder.from_pretrained(pair.base, pair.draft, dtype=torch.float32, device=DEVICE)
+
+
+@pytest.fixture(scope="module")
+def prompts(decoder) -> BatchEncoding:
+    chats = [[{"role": "user", "content": problem.question}] for problem in load_problems()[:PROBLEMS]]
+    decoder.tokenizer.padding_side = "left"
+    return decoder.tokenizer.apply_chat_template(
+        chats, add_generation_prompt=True, padding=True, return_dict=True, return_tensors="pt"
+    ).to(DEVICE)
+
+
+@pytest.mark.parametrize("tree", TREES.values(), ids=TREES)
+def test_greedy_text_is_generates(decoder, prompts, tree):
+    expected = decoder.model.generate(**prompts, max_new_tokens=NEW_TOKENS, do_sample=False)
+    out = decoder.generate(
+        prompts["input_ids"],
+        prompts["attention_mask"],
+        max_new_tokens=NEW_TOKENS,
+        temperature=0.0,
+        exit=ExitConfig.off(),
+        tree=tree,
+    )
+    assert torch.equal(out.sequences, expected)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_text_and_exits_do_not_depend_on_the_tree(decoder, prompts, temperature):
+    outs = [
+        decoder.generate(
+            prompts["input_ids"],
+            prompts["attention_mask"],
+            max_new_tokens=NEW_TOKENS,
+            temperature=temperature,
+            seed=1,
+            tree=tree,
+        )
+        for tree in TREES.values()
+    ]
+    exits = [[row.exit_position for row in out.stats] for out in outs]
+    assert outs[0].new_tokens == outs[1].new_tokens == outs[2].new_tokens
+    assert exits[0] == exits[1] == exits[2]
+    assert any(position is not None for position in exits[0])
