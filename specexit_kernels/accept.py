@@ -34,14 +34,14 @@ def accept_ref(
     path, n_found = verify_tree_ref(tokens, parent, visible, targets, columns - 1)
     emitted = targets.gather(1, path.clamp(min=0))  # junk past the path
 
-    running = s.finished == 0
-    room = (s.limits - s.lengths).sub_(1).clamp_(min=0)
-    n = torch.minimum(n_found, room).mul_(running)
+    # A finished row has no room, and none that it could fill: -1.
+    room = (s.limits - s.lengths).sub_(1).clamp_(min=0).masked_fill_(s.finished.bool(), -1)
+    n = torch.minimum(n_found, room).clamp_(min=0)
     count = torch.arange(1, columns + 1, dtype=torch.int32, device=n.device)  # tokens up to each column
     first_stop = None
     if stop_ids.numel():
-        stops = emitted == stop_ids if stop_ids.numel() == 1 else (emitted.unsqueeze(-1) == stop_ids).any(-1)
-        first_stop = torch.where(stops, count, columns + 1).amin(1)
+        others = emitted != stop_ids if stop_ids.numel() == 1 else (emitted.unsqueeze(-1) != stop_ids).all(-1)
+        first_stop = count.masked_fill(others, columns + 1).amin(1)
         n = torch.minimum(n, first_stop)
 
     dropped = count > n.unsqueeze(1)
@@ -50,7 +50,7 @@ def accept_ref(
     s.root.copy_(s.run.gather(1, n.unsqueeze(1)).squeeze(1))
     s.n_pending.copy_(n)
     s.lengths.add_(n)
-    s.finished.masked_fill_((n == room) & running, Finish.LENGTH)
+    s.finished.masked_fill_(n == room, Finish.LENGTH)
     if first_stop is not None:
         s.finished.masked_fill_(n == first_stop, Finish.STOP)
     _shift_forced(s, n)

@@ -36,151 +36,162 @@ def decide_exit_ref(
     s = DecodeState.of(state)
     rows = s.run.shape[1] - 1
     run = s.run.t()
-    tokens, following = run[:rows], run[1:]
     count = torch.arange(1, rows + 1, dtype=torch.int32, device=run.device).unsqueeze(1)  # tokens up to each row
-    read = count <= s.n_pending
-    inside = thinking_states(tokens, count, read, s.tail, s.thinking, r.start, r.end)
-    s.thinking.copy_(inside[rows])
+    tokens, unread = run[:rows], count > s.n_pending
+    inside = thinking_states(tokens, unread, s.tail, s.thinking, r.start, r.end)
+    before, after = inside[:rows], inside[1:]
+    s.thinking.copy_(after[-1])
     s.lengths.sub_(s.n_pending)  # L at the step's start, until the cut is known
-    counts = (inside[:rows] & inside[1:]).logical_and_(read).logical_and_(count > s.prompt_lengths - s.lengths)
+    counts = (before & after).logical_and_(count > s.prompt_lengths - s.lengths).masked_fill_(unread, False)
 
     by_signals = by_budget = None  # [B] int32: tokens of the run up to its first row that may be cut, R + 1 for none
-    x = e = valid = None
+    x = e = missing = None
     if signals.shape[2] or has_budget:
         boundary = r.boundary[tokens].logical_and_(counts)
     if has_minimum or has_budget:
-        total = counts.cumsum(0).add_(s.thinking_tokens)
+        total = counts.cumsum(0, dtype=torch.int32).add_(s.thinking_tokens)
     if signals.shape[2]:
-        x, valid = _activate(signals.transpose(0, 1), counts)
-        e, fires = (_step_fires if per_step else _token_fires)(x, valid, inside, boundary, r, s)
+        x, missing = _activate(signals.transpose(0, 1), counts)
+        e, fires = (_step_fires if per_step else _token_fires)(x, missing, before, after, boundary, r, s)
         if has_minimum:
             fires.logical_and_(total >= r.min_thinking)
-        by_signals = torch.where(fires, count, rows + 1).amin(0)
+        by_signals = count.masked_fill(fires.logical_not_(), rows + 1).amin(0)
     if has_budget:
         over = (boundary | r.hard_budget).logical_and_(counts).logical_and_(total >= r.budget)
-        by_budget = torch.where(over, count, rows + 1).amin(0)
+        by_budget = count.masked_fill(over.logical_not_(), rows + 1).amin(0)
 
+    output = run[1:]  # 0 past the tokens that are pending
     if r.force.numel() and (signals.shape[2] or has_budget):
-        end = _cut(by_signals, by_budget, rows, r, s)
-        following = torch.where(count == end, r.force[0], following)
+        forced = r.force[0]
+        end = _cut(by_signals, by_budget, forced, r, s)
+        unread = count > s.n_output
+        output = torch.where(count == end, forced, output).masked_fill_(unread, 0)
+        counts.masked_fill_(unread, False)
     else:
         end = torch.zeros_like(s.n_pending)
         s.n_output.copy_(s.n_pending)
-        s.lengths.add_(s.n_pending)
-
-    stands = count <= s.n_output
-    torch.mul(following, stands, out=s.output.t())
-    s.thinking_tokens.add_((counts & stands).sum(0))
+    s.lengths.add_(s.n_output)
+    s.output.copy_(output.t())
+    s.thinking_tokens.add_(counts.sum(0, dtype=torch.int32))
     if s.tail.shape[1]:
         recent = torch.arange(s.tail.shape[1], dtype=torch.int32, device=run.device) + s.n_output.unsqueeze(1)
         s.tail.copy_(torch.cat([s.tail, s.run], 1).gather(1, recent)).masked_fill_((end > 0).unsqueeze(1), -1)
+    if signals.shape[2]:  # a cut has set `seen` to 0
+        s.smoothed.masked_fill_(s.seen < values_needed(r.smoothing, s.history.shape[2]), 0)
+        if s.history.shape[2]:
+            s.history.masked_fill_((s.seen == 0).unsqueeze(2), 0)
     if s.trace.shape[1]:
-        if x is None or e is None or valid is None:
-            s.trace.fill_(torch.nan)
-        else:
-            trace = s.trace.permute(1, 0, 2, 3)
-            torch.stack([x, e.expand_as(x)], 2, out=trace)
-            trace.masked_fill_(valid.logical_and_(stands.unsqueeze(2)).logical_not_().unsqueeze(2), torch.nan)
+        _record(x, e, missing, unread, s.trace)
     return end - 1
 
 
 def _activate(signals: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
-    """Signal values x [R, B, S], 0 where they are not valid, and where they are: the row counts and x is finite."""
+    """Signal values x [R, B, S], and where there is none and x is 0: the row does not count or x is not finite."""
     # 1 / (1 + exp(-z)), because torch.sigmoid gives an element other bits at another place in the tensor.
     x = signals.clone()
     shares = x[..., :2]  # confidence and progress; remaining is a length
     shares.neg_()
     x.exp_()
     shares.add_(1).reciprocal_()
-    valid = (x < torch.inf).logical_and_(counts.unsqueeze(2))  # x is not negative; NaN compares false
-    return torch.where(valid, x, 0.0), valid
+    missing = (x < torch.inf).logical_and_(counts.unsqueeze(2)).logical_not_()  # x >= 0; NaN compares false
+    return x.masked_fill_(missing, 0), missing
 
 
 def _token_fires(
-    x: Tensor, valid: Tensor, inside: Tensor, boundary: Tensor, r: ExitRules, s: DecodeState
+    x: Tensor, missing: Tensor, before: Tensor, after: Tensor, boundary: Tensor, r: ExitRules, s: DecodeState
 ) -> tuple[Tensor, Tensor]:
     """Smoothed values [R, B, S] after each row, and the rows [R, B] at which they allow an exit."""
-    outside = ~inside[1:] if r.start.numel() or r.end.numel() else None
-    e = _smooth(x, valid, outside, r, s)
-    return e, _passes(e, valid, r).logical_and_(boundary)
+    e = _smooth(x, missing, after if r.start.numel() or r.end.numel() else None, r, s)
+    passed = _passes(e, r).masked_fill_(missing, False)
+    return e, _all_used(passed, r).logical_and_(boundary)
 
 
 def _step_fires(
-    x: Tensor, valid: Tensor, inside: Tensor, boundary: Tensor, r: ExitRules, s: DecodeState
+    x: Tensor, missing: Tensor, before: Tensor, after: Tensor, boundary: Tensor, r: ExitRules, s: DecodeState
 ) -> tuple[Tensor, Tensor]:
     """The release's rule: the values before this step, [1, B, S], decide at the first boundary of the run."""
     undecided = s.seen < values_needed(r.smoothing, s.history.shape[2])
     e = s.smoothed.masked_fill(undecided, torch.nan).unsqueeze(0)
-    ends = (inside[:-1] > inside[1:]).any(0, keepdim=True)  # thinking ends in this run by itself
+    stays = (before <= after).all(0, keepdim=True)  # thinking does not end in this run by itself
     first = (boundary.cumsum(0) == 1).logical_and_(boundary)
-    fires = first.logical_and_(_passes(e, None, r)).logical_and_(~ends)
+    fires = first.logical_and_(_all_used(_passes(e, r), r)).logical_and_(stays)
 
-    n_valid = valid.sum(0, keepdim=True)
-    mean = (x.sum(0, keepdim=True, dtype=torch.float64) / n_valid.clamp(min=1)).float()
-    _smooth(mean, (n_valid > 0) & ~ends.unsqueeze(2), ends, r, s)
+    n_values = missing.logical_not().sum(0, keepdim=True)
+    mean = (x.sum(0, keepdim=True, dtype=torch.float64) / n_values.clamp(min=1)).float()
+    none = (n_values == 0).logical_or_(stays.logical_not().unsqueeze(2))
+    _smooth(mean.masked_fill_(none, 0), none, stays, r, s)
     return e, fires
 
 
-def _smooth(x: Tensor, valid: Tensor, outside: Tensor | None, r: ExitRules, s: DecodeState) -> Tensor:
+def _smooth(x: Tensor, missing: Tensor, inside: Tensor | None, r: ExitRules, s: DecodeState) -> Tensor:
     """e of each row, [R, B, S]; the state takes what the last row leaves."""
-    e, seen, history = smooth(r.smoothing, x, valid, outside, r.alpha, s.smoothed, s.seen, s.history)
+    e, seen, history = smooth(r.smoothing, x, missing, inside, r.alpha, s.smoothed, s.seen, s.history)
     s.smoothed.copy_(e[-1])
     s.seen.copy_(seen[-1])
-    s.smoothed.masked_fill_(s.seen < values_needed(r.smoothing, s.history.shape[2]), 0)
     if s.history.shape[2]:
         s.history.copy_(history)
     return e
 
 
-def _passes(e: Tensor, valid: Tensor | None, r: ExitRules) -> Tensor:
-    """Whether every used value passes its threshold: [R, B, S] -> [R, B]. NaN does not pass."""
+def _passes(e: Tensor, r: ExitRules) -> Tensor:
+    """Whether each value passes its threshold: [R, B, S]. NaN does not."""
     margin = e - r.thresholds
     if e.shape[2] == 3:
         margin[..., 2].neg_()  # remaining must lie below
-    passed = margin > 0
-    if valid is not None:
-        passed.logical_and_(valid)
-    return (r.used <= passed).all(-1)  # used implies passed
+    return margin > 0
 
 
-def _cut(by_signals: Tensor | None, by_budget: Tensor | None, rows: int, r: ExitRules, s: DecodeState) -> Tensor:
+def _all_used(passed: Tensor, r: ExitRules) -> Tensor:
+    """Whether all that are used have passed: [R, B, S] -> [R, B]."""
+    return (r.used <= passed).all(-1)
+
+
+def _cut(by_signals: Tensor | None, by_budget: Tensor | None, forced: Tensor, r: ExitRules, s: DecodeState) -> Tensor:
     """End thinking where signals or budget first allow it: the tokens of the run up to there, [B] int32, 0 for none.
 
-    All of the state follows but what is published.
+    forced   the first forced id
+    Of the state, what is smoothed and what is published is the caller's, and `lengths` still is L at the step's start.
     """
     if by_signals is None or by_budget is None:
         first = by_budget if by_signals is None else by_signals
     else:
         first = torch.minimum(by_signals, by_budget)
     assert first is not None
-    is_cut = (first <= rows).logical_and_(s.n_forced == 0)
+    is_cut = (first <= s.n_pending).logical_and_(s.n_forced.logical_not())
+    end = first.masked_fill(is_cut.logical_not(), 0)
     torch.where(is_cut, first, s.n_pending, out=s.n_output)
-    s.lengths.add_(s.n_output)
-    torch.where(is_cut, r.force[0], s.root, out=s.root)
-    of_row = is_cut.unsqueeze(1)
-    forced = s.forced[:, : r.force.numel()]
-    torch.where(of_row, r.force, forced, out=forced)
-    s.n_forced.masked_fill_(is_cut, r.force.numel())
+    torch.where(is_cut, forced, s.root, out=s.root)
+    of_row, width = is_cut.unsqueeze(1), r.force.numel()
+    queue = s.forced[:, :width]
+    torch.where(of_row, r.force, queue, out=queue)
+    s.n_forced.masked_fill_(is_cut, width)
 
     # A finish past the cut is undone; the forced id, or its place, may be another.
+    place = s.lengths + end
     if r.force_stops:
         s.finished.masked_fill_(is_cut, Finish.STOP)
     else:
         s.finished.masked_fill_(is_cut, Finish.RUNNING)
-        s.finished.masked_fill_((s.limits - s.lengths == 1).logical_and_(is_cut), Finish.LENGTH)
+        s.finished.masked_fill_((s.limits - place == 1).logical_and_(is_cut), Finish.LENGTH)
 
-    is_first = (s.exit_position < 0).logical_and_(is_cut)
-    torch.where(is_first, s.lengths - 1, s.exit_position, out=s.exit_position)
+    is_first = s.exit_reason.logical_not().logical_and_(is_cut)
+    torch.where(is_first, place - 1, s.exit_position, out=s.exit_position)
     s.exit_reason.masked_fill_(is_first, ExitReason.BUDGET if by_signals is None else ExitReason.SIGNALS)
     if by_signals is not None and by_budget is not None:
         s.exit_reason.masked_fill_((by_budget < by_signals).logical_and_(is_first), ExitReason.BUDGET)
-
     s.thinking.masked_fill_(is_cut, 0)
     s.seen.masked_fill_(of_row, 0)
-    s.smoothed.masked_fill_(of_row, 0)
-    if s.history.shape[2]:
-        s.history.masked_fill_(of_row.unsqueeze(2), 0)
-    return s.n_output * is_cut
+    return end
+
+
+def _record(x: Tensor | None, e: Tensor | None, missing: Tensor | None, unread: Tensor, trace: Tensor) -> None:
+    """x and e, [R, B, S] each, where there is an x and the row stands; NaN elsewhere."""
+    if x is None or e is None or missing is None:
+        trace.fill_(torch.nan)
+        return
+    by_row = trace.transpose(0, 1)
+    torch.stack([x, e.expand_as(x)], 2, out=by_row)
+    by_row.masked_fill_(missing.logical_or_(unread.unsqueeze(2)).unsqueeze(2), torch.nan)
 
 
 def _outputs(

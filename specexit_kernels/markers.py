@@ -11,37 +11,38 @@ from torch import Tensor
 
 
 def thinking_states(
-    tokens: Tensor, count: Tensor, read: Tensor, tail: Tensor, thinking: Tensor, start: Tensor, end: Tensor
+    tokens: Tensor, unread: Tensor, tail: Tensor, thinking: Tensor, start: Tensor, end: Tensor
 ) -> Tensor:
     """Whether each token of a run stands inside the thinking text: the state before it, and, last, after the run.
 
     tokens    [R, B] int32
-    count     [R, 1] int32: 1 .. R
-    read      [R, B] bool: tokens that are not read do not count as markers; they are the last ones
+    unread    [R, B] bool: the last tokens, which do not count as markers
     tail      [B, M] int32: the M tokens before the run; M >= longest marker - 1
     thinking  [B] int32: 1 if the run begins inside the thinking text
     start     [Fs] int32, may be empty
     end       [Fe] int32, may be empty
     returns   [R + 1, B] bool
     """
-    # A marker is coded by its place, times two, plus 1 if thinking starts: the largest code so far is the last marker.
-    code = count * 2
+    rows = tokens.shape[0]
+    before = thinking.unsqueeze(0)
+    # A marker at token r is coded 2 (r + 1), plus 1 if thinking starts: the largest code so far is the last marker.
     marks = None
     if start.numel():
-        marks = ends_with(tokens, tail, start) * (code + 1)
+        codes = torch.arange(3, 2 * rows + 3, 2, dtype=torch.int32, device=tokens.device).unsqueeze(1)
+        marks = codes.masked_fill(_misses(tokens, tail, start), 0)
     if end.numel():
-        at_end = ends_with(tokens, tail, end)
-        marks = at_end * code if marks is None else torch.where(at_end, code, marks)
-    before = thinking.unsqueeze(0)
+        codes = torch.arange(2, 2 * rows + 2, 2, dtype=torch.int32, device=tokens.device).unsqueeze(1)
+        misses = _misses(tokens, tail, end)
+        marks = codes.masked_fill(misses, 0) if marks is None else torch.where(misses, marks, codes)
     if marks is None:
-        return before.bool().expand(tokens.shape[0] + 1, -1)
-    return (torch.cat([before, marks.mul_(read)]).cummax(0).values & 1).bool()
+        return before.bool().expand(rows + 1, -1)
+    return (torch.cat([before, marks.masked_fill_(unread, 0)]).cummax(0).values & 1).bool()
 
 
-def ends_with(tokens: Tensor, tail: Tensor, marker: Tensor) -> Tensor:
-    """Whether the text up to each token ends with the marker: [R, B], [B, M], [k] int32 -> [R, B] bool."""
+def _misses(tokens: Tensor, tail: Tensor, marker: Tensor) -> Tensor:
+    """Whether the text up to each token does not end with the marker: [R, B], [B, M], [k] int32 -> [R, B] bool."""
     length = marker.numel()
     if length == 1:
-        return tokens == marker
+        return tokens != marker
     text = torch.cat([tail.t()[tail.shape[1] - (length - 1) :], tokens])
-    return (text.unfold(0, length, 1) == marker).all(-1)
+    return (text.unfold(0, length, 1) != marker).any(-1)

@@ -17,8 +17,8 @@ from specexit_kernels.state import Smoothing
 def smooth(
     kind: Smoothing,
     x: Tensor,
-    valid: Tensor,
-    outside: Tensor | None,
+    missing: Tensor,
+    inside: Tensor | None,
     alpha: Tensor,
     smoothed: Tensor,
     seen: Tensor,
@@ -26,22 +26,23 @@ def smooth(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Smoothed values of R successive rows, from those before them.
 
-    x         [R, B, S] float32, finite where valid and 0 elsewhere
-    valid     [R, B, S] bool: the row has a value; another leaves e as it was
-    outside   [R, B] bool: rows outside thinking, of which none is valid: what follows them starts afresh; None: no row
+    x         [R, B, S] float32, finite, and 0 where missing
+    missing   [R, B, S] bool: the row has no value, and leaves e as it was
+    inside    [R, B] bool: rows inside thinking; those outside have no value, and what follows them starts afresh. None:
+              all are inside
     alpha     [B] float32 (EWMA)
     smoothed  [B, S] float32, seen [B, S] int32, history [B, S, w] float32: as in `DecodeState`
     e         [R, B, S] float32; where the row has a value: NaN if too few went before it
-    seen      [R, B, S] int64: how many values went into e
+    seen      [R, B, S] int32: how many values went into e
     history   [B, S, w] float32 after the last row
     """
-    n_valid = valid.cumsum(0)
-    n_seen = n_valid + seen
-    if outside is not None:  # the count restarts: what had been seen by the last row outside is taken off
-        n_seen -= (n_seen * outside.unsqueeze(2)).cummax(0).values
+    n_values = missing.logical_not().cumsum(0, dtype=torch.int32)
+    n_seen = n_values + seen
+    if inside is not None:  # the count restarts: what had been seen by the last row outside is taken off
+        n_seen = n_seen - n_seen.masked_fill(inside.unsqueeze(2), 0).cummax(0).values
     if kind in (Smoothing.WINDOW, Smoothing.MOMENTUM):
         window = history.shape[2]
-        last = _last_values(x, valid, n_valid, n_seen, history)
+        last = _last_values(x, missing, n_values, n_seen, history)
         if kind is Smoothing.WINDOW:
             # In float64 the order of the addends does not show, so the layout that the sum runs over cannot either.
             e = (last.sum(-1, dtype=torch.float64) / n_seen.clamp(1, window)).float()
@@ -51,10 +52,8 @@ def smooth(
             e.masked_fill_(n_seen < window, torch.nan)
         return e, n_seen, last[-1]
 
-    if kind is Smoothing.NONE:
-        weight = valid.to(x.dtype)
-    else:
-        weight = torch.where(n_seen == 1, 1.0, alpha.unsqueeze(1)).mul_(valid)
+    weight = torch.ones_like(x) if kind is Smoothing.NONE else alpha.unsqueeze(1).masked_fill(n_seen == 1, 1)
+    weight.masked_fill_(missing, 0)
     values = []
     for value, share in zip(x.unbind(), weight.unbind(), strict=True):
         smoothed = torch.lerp(smoothed, value, share)
@@ -67,13 +66,13 @@ def values_needed(kind: Smoothing, window: int) -> int:
     return window if kind is Smoothing.MOMENTUM else 1
 
 
-def _last_values(x: Tensor, valid: Tensor, n_valid: Tensor, n_seen: Tensor, history: Tensor) -> Tensor:
+def _last_values(x: Tensor, missing: Tensor, n_values: Tensor, n_seen: Tensor, history: Tensor) -> Tensor:
     """The last w values at each row, oldest first, 0 where there are fewer: [R, B, S, w]."""
     rows, batch, signals = x.shape
     window = history.shape[2]
     # The history and then the run's values without gaps; rows without a value fall on one column more.
     line = torch.cat([history.permute(2, 0, 1), x.new_zeros(rows + 1, batch, signals)])
-    line.scatter_(0, torch.where(valid, n_valid + (window - 1), window + rows), x)
+    line.scatter_(0, (n_values + (window - 1)).masked_fill_(missing, window + rows).long(), x)
     lag = torch.arange(window, device=x.device).view(-1, 1, 1, 1)
-    last = line.gather(0, (n_valid + lag).flatten(0, 1)).view(window, rows, batch, signals)
+    last = line.gather(0, (n_values + lag).flatten(0, 1)).view(window, rows, batch, signals)
     return last.masked_fill_(lag < window - n_seen, 0).permute(1, 2, 3, 0)

@@ -6,6 +6,7 @@ import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -15,6 +16,14 @@ from specexit_kernels.state import NO_BUDGET, DecodeState, ExitReason, ExitRules
 
 VOCAB = 16
 SIGNS = (1.0, 1.0, -1.0)  # remaining must lie below its threshold
+KINDS = [
+    (Smoothing.NONE, 0),
+    (Smoothing.EWMA, 0),
+    (Smoothing.WINDOW, 1),
+    (Smoothing.WINDOW, 4),
+    (Smoothing.MOMENTUM, 2),
+    (Smoothing.MOMENTUM, 5),
+]
 
 
 def ids(*values: int) -> Tensor:
@@ -153,7 +162,7 @@ def smooth_values(values: Sequence[float], kind: Smoothing, alpha: float, window
         if len(values) < window:
             return None
         last = values[-window:]
-        return last[-1] + sum(b - a for a, b in zip(last, last[1:], strict=False)) / (window - 1)
+        return last[-1] + sum(b - a for a, b in pairwise(last)) / (window - 1)
     e = values[0]
     for x in values[1:]:
         e = alpha * x + (1 - alpha) * e
@@ -272,3 +281,27 @@ def scripted_signals(seed: int, count: int, missing: float = 0.1) -> Callable[[S
 def struct_float(value: float) -> float:
     """The nearest float32, so that both sides read the same number."""
     return torch.tensor(value, dtype=torch.float32).item()
+
+
+def number(rng: torch.Generator, low: int, high: int) -> int:
+    """In [low, high]."""
+    return int(torch.randint(low, high + 1, (), generator=rng))
+
+
+def chance(rng: torch.Generator, probability: float) -> bool:
+    return bool(torch.rand((), generator=rng) < probability)
+
+
+def random_row(rng: torch.Generator, n_signals: int, budgets: bool) -> Row:
+    a, b, c = torch.rand(3, generator=rng).tolist()
+    used = [chance(rng, 0.8) for _ in range(3)]
+    if n_signals and not any(used[:n_signals]):
+        used[0] = True
+    return Row(
+        thresholds=(0.4 + 0.3 * a, 0.3 + 0.3 * b, 0.5 + 3 * c),
+        used=used,
+        alpha=0.05 + 0.95 * a,
+        min_thinking=number(rng, 0, 6) if chance(rng, 0.3) else 0,
+        budget=number(rng, 1, 20) if budgets and chance(rng, 0.7) else NO_BUDGET,
+        hard=chance(rng, 0.5),
+    )

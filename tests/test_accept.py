@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from exit_harness import Settings, chain_trees, ids, make_state
@@ -72,7 +74,7 @@ def expected_row(tree: Tree, targets: list[int], stop: list[int], state: DecodeS
         path = [n]
         while path[0]:
             path.insert(0, parent[path[0]])
-        stands = all(tokens[c] == targets[p] for p, c in zip(path, path[1:], strict=False))
+        stands = all(tokens[c] == targets[p] for p, c in itertools.pairwise(path))
         if seen[n, n] and stands and len(path) > len(best):
             best = path
     best = best[:columns]
@@ -179,8 +181,7 @@ def test_no_rows() -> None:
     assert (path.shape, m.shape, root.shape) == ((0, 4), (0,), (0,))
 
 
-@pytest.mark.parametrize("stop", [(), (3,), (2, 3)])
-@pytest.mark.parametrize("forced", [1, 3])
+@pytest.mark.parametrize(("stop", "forced"), [((), 1), ((2, 3), 3)])
 def test_opcheck(rng: torch.Generator, stop: tuple[int, ...], forced: int) -> None:
     tree = random_tree(rng, 3, 6)
     state = random_state(rng, tree, 6, forced)
@@ -193,22 +194,22 @@ def test_bad_arguments(rng: torch.Generator) -> None:
     targets, stop = integers(rng, 0, V, 2, 5), ids(3)
     state = random_state(rng, tree, 4, 1)
     cases = [
-        (dict(tree=tuple(tree)), TypeError, "tree must be a Tree, was tuple"),
-        (dict(state=state.tensors()), TypeError, "state must be a DecodeState, was list"),
-        (dict(tree=tree._replace(tokens=tree.tokens.long())), TypeError, "tree.tokens must be int32"),
-        (dict(tree=tree._replace(tokens=tree.tokens[:1])), ValueError, r"tree.tokens must be \[B=2, T\]"),
-        (dict(tree=Tree(*(x[:, :0] for x in tree[:3]), tree.visible)), ValueError, "at least one node"),
-        (dict(tree=tree._replace(parent=tree.parent[:, 1:])), ValueError, r"tree.parent must be \[B=2, T=5\]"),
-        (dict(tree=tree._replace(depth=tree.depth[0])), ValueError, "tree.depth must be"),
-        (dict(tree=tree._replace(visible=tree.visible.int())), TypeError, "tree.visible must be int64"),
-        (dict(tree=tree._replace(visible=tree.visible.repeat(1, 1, 2))), ValueError, "tree.visible must be"),
-        (dict(targets=targets.long()), TypeError, "targets must be int32"),
-        (dict(targets=targets[:, :4]), ValueError, r"targets must be \[B=2, T=5\], was \[2, 4\]"),
-        (dict(stop_ids=[3]), TypeError, "stop_ids must be a tensor, was list"),
-        (dict(stop_ids=torch.tensor(3, dtype=torch.int32)), ValueError, r"stop_ids must be \[n\]"),
-        (dict(implementation="cude"), ValueError, "implementation: accept has torch"),
+        ({"tree": tuple(tree)}, TypeError, "tree must be a Tree, was tuple"),
+        ({"state": state.tensors()}, TypeError, "state must be a DecodeState, was list"),
+        ({"tree": tree._replace(tokens=tree.tokens.long())}, TypeError, "tree.tokens must be int32"),
+        ({"tree": tree._replace(tokens=tree.tokens[:1])}, ValueError, r"tree.tokens must be \[B=2, T\]"),
+        ({"tree": Tree(*(x[:, :0] for x in tree[:3]), tree.visible)}, ValueError, "at least one node"),
+        ({"tree": tree._replace(parent=tree.parent[:, 1:])}, ValueError, r"tree.parent must be \[B=2, T=5\]"),
+        ({"tree": tree._replace(depth=tree.depth[0])}, ValueError, "tree.depth must be"),
+        ({"tree": tree._replace(visible=tree.visible.int())}, TypeError, "tree.visible must be int64"),
+        ({"tree": tree._replace(visible=tree.visible.repeat(1, 1, 2))}, ValueError, "tree.visible must be"),
+        ({"targets": targets.long()}, TypeError, "targets must be int32"),
+        ({"targets": targets[:, :4]}, ValueError, r"targets must be \[B=2, T=5\], was \[2, 4\]"),
+        ({"stop_ids": [3]}, TypeError, "stop_ids must be a tensor, was list"),
+        ({"stop_ids": torch.tensor(3, dtype=torch.int32)}, ValueError, r"stop_ids must be \[n\]"),
+        ({"implementation": "cude"}, ValueError, "implementation: accept has torch"),
     ]
     for change, error, words in cases:
-        arguments = dict(tree=tree, targets=targets, stop_ids=stop, state=state) | change
+        arguments = {"tree": tree, "targets": targets, "stop_ids": stop, "state": state} | change
         with pytest.raises(error, match=words):
             accept(**arguments)
