@@ -27,6 +27,7 @@ from exit_harness import (
 )
 from tolerances import assert_close
 
+from specexit.thinking import Markers, count_thinking_tokens
 from specexit_kernels import DecodeState, ExitRules, Smoothing, accept, decide_exit
 
 # start, end, stop, boundaries (4, 5), the two ids of a long marker (6, 7), plain text
@@ -102,7 +103,7 @@ def decode(
     raise AssertionError("a row never ended")
 
 
-def check(out: Decoded, row: int, story: Story, n_signals: int) -> None:
+def check(out: Decoded, row: int, story: Story, shared: Settings, n_signals: int) -> None:
     """One row is as it was told."""
     state = out.state
     assert out.texts[row] == story.text
@@ -110,6 +111,10 @@ def check(out: Decoded, row: int, story: Story, n_signals: int) -> None:
     assert state.exit_reason[row] == story.exit_reason
     assert state.finished[row] == story.finished
     assert state.thinking_tokens[row] == story.thinking_tokens
+    if len(shared.end) == 1 and shared.force == shared.end:  # the host's count; the last token is not read
+        markers = Markers(*(tuple(m) for m in (shared.start, shared.end, shared.force)), ())
+        prompt, generated = story.text[: story.prompt], story.text[story.prompt : -1]
+        assert count_thinking_tokens(prompt, generated, markers) == story.thinking_tokens
     told = {p: v for p, v in story.trace.items() if any(a is not None for a in v[0])} if n_signals else {}
     assert out.traces[row].keys() == told.keys()
     for position, values in told.items():
@@ -157,7 +162,7 @@ def test_exit_depends_on_the_text_alone(rng: torch.Generator, kind: Smoothing, w
             accepted = (lambda n=nodes: number(rng, 0, n - 1)) if right is None else (lambda n=right: n)
             out = decode(prompts, limits, rules, shared, chooses, signals, accepted, nodes)
             for row, story in enumerate(stories):
-                check(out, row, story, n_signals)
+                check(out, row, story, shared, n_signals)
             outs.append(out)
         for out in outs[1:]:
             for name in ("smoothed", "seen", "history", "tail", "thinking", "root", "lengths", "forced", "n_forced"):

@@ -154,24 +154,23 @@ def is_thinking(tokens: Sequence[int], markers: Markers, assume: bool | None = N
 def count_thinking_tokens(
     prompt: Sequence[int], generated: Sequence[int], markers: Markers, assume: bool | None = None
 ) -> int:
-    """How many of the generated tokens stand inside the thinking text, its markers excluded.
+    """How many of the generated tokens stand inside the thinking text: between its markers, which may have several ids.
 
     prompt      ids before; they tell whether thinking has begun, unless `assume` does
     generated   ids; a marker may reach back into the prompt
     """
     thinking = is_thinking(prompt, markers, assume)
     text = [*prompt, *generated]
-    count = begun = 0  # tokens since the start marker or the prompt
+    count = recent = 0  # tokens inside, and those of them since thinking last began
     for stop in range(len(prompt) + 1, len(text) + 1):
         if _ends_with(text, stop, markers.end):
-            if thinking:  # the marker's other ids had been counted
-                count += max(0, begun - (len(markers.end) - 1))
-            thinking, begun = False, 0
-        elif _ends_with(text, stop, markers.start):
-            thinking = True
+            count -= min(recent, len(markers.end) - 1)  # the marker's other ids, which had looked like thinking
+            thinking, recent = False, 0
         elif thinking:
-            begun += 1
-    return count + begun
+            count, recent = count + 1, recent + 1
+        else:
+            thinking = _ends_with(text, stop, markers.start)
+    return count
 
 
 def _ends_with(tokens: Sequence[int], stop: int, marker: tuple[int, ...]) -> bool:
