@@ -2,40 +2,47 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from oracle_draft import OracleDraft
 from test_lossless import TREES, pad, prompts
-from tiny_models import VOCAB, tiny_model
+from tiny_models import tiny_model
+from transformers import PreTrainedModel
 
-from specexit import ExitConfig, SpecExitDecoder
+from specexit import ExitConfig, GenerateOutput, SpecExitDecoder, TreeConfig
 
 NEW = 40
-# A third of the vocabulary ends a paragraph, so that boundaries are frequent in random text.
-BOUNDARIES = tuple(range(3, VOCAB, 3))
 
 
 def signals(position: int, following: int) -> list[float]:
-    """Raw signals of a position, a function of the text as the draft reads it; they rise with the position."""
+    """Raw signals of a position, a function of the text as the draft reads it; from about position 30 on they pass."""
     wave = ((position * 37 + following * 11) % 17) / 17
     return [position / 8 + wave - 3, position / 8 - wave - 2, 6 - position / 6 + wave]
 
 
-def config(end: tuple[int, ...], **options: object) -> ExitConfig:
-    return ExitConfig(
-        confidence=0.6,
-        progress=0.5,
-        remaining=30.0,
-        alpha=0.4,
-        boundary_ids=BOUNDARIES,
-        start_ids=(1,),
-        end_ids=end,
-        assume_thinking=True,
-        **options,
-    )
+def greedy_texts(model: PreTrainedModel, rows: list[torch.Tensor]) -> list[list[int]]:
+    ids, mask = pad(rows, "left")
+    out = model.generate(ids, attention_mask=mask, max_new_tokens=NEW, do_sample=False)
+    return [row.tolist() + new for row, new in zip(rows, out[:, ids.shape[1] :].tolist(), strict=True)]
 
 
-def decode(model, rows, texts, exit, tree, **options):
+def config(texts: list[list[int]], end: tuple[int, ...] = (2,), **options: Any) -> ExitConfig:
+    """Thresholds that pass late in the texts; what stands around there ends a paragraph."""
+    settings = {"confidence": 0.6, "progress": 0.5, "remaining": 30.0, "alpha": 0.4, **options}
+    boundaries = {text[32 + 2 * row] for row, text in enumerate(texts)}
+    return ExitConfig(boundary_ids=sorted(boundaries), start_ids=(), end_ids=end, assume_thinking=True, **settings)
+
+
+def decode(
+    model: PreTrainedModel,
+    rows: list[torch.Tensor],
+    texts: list[list[int]],
+    exit: ExitConfig,
+    tree: TreeConfig,
+    **options: Any,
+) -> GenerateOutput:
     ids, mask = pad(rows, "left")
     decoder = SpecExitDecoder(model, OracleDraft(texts, signals=signals), exit=exit)
     return decoder.generate(ids, mask, temperature=0.0, tree=tree, **{"max_new_tokens": NEW, **options})
@@ -45,12 +52,11 @@ def decode(model, rows, texts, exit, tree, **options):
 def test_exit_position_is_the_same_for_every_tree_and_batch(end: tuple[int, ...], rng: torch.Generator) -> None:
     model = tiny_model("llama")
     rows = prompts(rng, [6, 11, 4, 17, 9])
-    ids, mask = pad(rows, "left")
-    greedy = model.generate(ids, attention_mask=mask, max_new_tokens=NEW, do_sample=False)[:, ids.shape[1] :].tolist()
-    texts = [row.tolist() + new for row, new in zip(rows, greedy, strict=True)]
+    texts = greedy_texts(model, rows)
+    exit = config(texts, end)
     first = None
     for label, tree in TREES.items():
-        out = decode(model, rows, texts, config(end), tree)
+        out = decode(model, rows, texts, exit, tree)
         found = [(s.exit_position, s.exit_reason, s.thinking_tokens) for s in out.stats]
         if first is None:
             first = (found, out.new_tokens)
@@ -62,7 +68,7 @@ def test_exit_position_is_the_same_for_every_tree_and_batch(end: tuple[int, ...]
                 continue
             kept = stats.exit_position + 1 - len(row)
             assert new[:kept] == text[len(row) : stats.exit_position + 1], "thinking is the base's own up to the cut"
-            assert new[kept - 1] in BOUNDARIES
+            assert new[kept - 1] in exit.boundary_ids
             assert tuple(new[kept : kept + len(end)]) == end
             # What follows is the base's own continuation of the cut text.
             prefix = torch.tensor([row.tolist() + new[: kept + len(end)]])
@@ -72,7 +78,7 @@ def test_exit_position_is_the_same_for_every_tree_and_batch(end: tuple[int, ...]
                 assert new[kept + len(end) :] == after
     for index, row in enumerate(rows):
         for label in ("plain", "chain", "12"):
-            out = decode(model, [row], texts[index : index + 1], config(end), TREES[label])
+            out = decode(model, [row], texts[index : index + 1], exit, TREES[label])
             found = [(s.exit_position, s.exit_reason, s.thinking_tokens) for s in out.stats]
             assert (found, out.new_tokens) == ([first[0][index]], [first[1][index]]), label
 
@@ -80,49 +86,50 @@ def test_exit_position_is_the_same_for_every_tree_and_batch(end: tuple[int, ...]
 def test_end_of_sequence_after_the_cut_is_undone(rng: torch.Generator) -> None:
     """A stop id accepted in the same step as the cut, behind it, does not end the row."""
     model = tiny_model("llama")
-    rows = prompts(rng, [8])
-    greedy = model.generate(rows[0][None], max_new_tokens=NEW, do_sample=False)[0, 8:].tolist()
-    texts = [rows[0].tolist() + greedy]
-    reference = decode(model, rows, texts, config((2,)), TREES["plain"])
-    position = reference.stats[0].exit_position
-    assert position is not None
-    stop = texts[0][position + 1]  # the token that the cut drops
-    if stop in texts[0][8 : position + 1]:
-        pytest.skip("the dropped token also stands before the cut in this text")
+    for _ in range(30):
+        rows = prompts(rng, [8])
+        texts = greedy_texts(model, rows)
+        exit = config(texts)
+        reference = decode(model, rows, texts, exit, TREES["plain"])
+        position = reference.stats[0].exit_position
+        # The stop id is the token that the cut drops; it must not stand earlier in the text.
+        if position is not None and (stop := texts[0][position + 1]) not in texts[0][8 : position + 1]:
+            break
+    else:
+        pytest.fail("no text with an exit before a token that is new in it")
     for label, tree in TREES.items():
-        out = decode(model, rows, texts, config((2,)), tree, eos_token_id=stop)
+        out = decode(model, rows, texts, exit, tree, eos_token_id=stop)
         assert out.stats[0].exit_position == position, label
-        assert out.new_tokens[0][: position + 2 - 8] == reference.new_tokens[0][: position + 2 - 8]
+        assert out.new_tokens[0][: position + 2 - 8] == [*texts[0][8 : position + 1], 2]
 
 
 def test_exit_at_the_last_allowed_token_is_a_length_stop(rng: torch.Generator) -> None:
     model = tiny_model("llama")
     rows = prompts(rng, [8])
-    greedy = model.generate(rows[0][None], max_new_tokens=NEW, do_sample=False)[0, 8:].tolist()
-    texts = [rows[0].tolist() + greedy]
-    position = decode(model, rows, texts, config((2,)), TREES["plain"]).stats[0].exit_position
+    texts = greedy_texts(model, rows)
+    exit = config(texts)
+    position = decode(model, rows, texts, exit, TREES["plain"]).stats[0].exit_position
     assert position is not None
     new = position + 1 - 8
     for label, tree in TREES.items():
-        out = decode(model, rows, texts, config((2,)), tree, max_new_tokens=new)
+        out = decode(model, rows, texts, exit, tree, max_new_tokens=new)
         assert out.stats[0].finish_reason == "length", label
         assert out.stats[0].exit_position is None
-        assert out.new_tokens[0] == greedy[:new]
-        out = decode(model, rows, texts, config((2,)), tree, max_new_tokens=new + 1)
+        assert out.new_tokens[0] == texts[0][8 : position + 1]
+        out = decode(model, rows, texts, exit, tree, max_new_tokens=new + 1)
         assert out.stats[0].exit_position == position
-        assert out.new_tokens[0] == [*greedy[:new], 2]
+        assert out.new_tokens[0] == [*texts[0][8 : position + 1], 2]
 
 
 def test_nan_signals_never_exit(rng: torch.Generator) -> None:
     model = tiny_model("llama")
     rows = prompts(rng, [8, 3])
-    ids, mask = pad(rows, "left")
-    greedy = model.generate(ids, attention_mask=mask, max_new_tokens=NEW, do_sample=False)[:, ids.shape[1] :].tolist()
-    texts = [row.tolist() + new for row, new in zip(rows, greedy, strict=True)]
+    texts = greedy_texts(model, rows)
     draft = OracleDraft(texts, signals=lambda position, token: [float("nan")] * 3)
-    decoder = SpecExitDecoder(model, draft, exit=config((2,)))
+    decoder = SpecExitDecoder(model, draft, exit=config(texts))
+    ids, mask = pad(rows, "left")
     out = decoder.generate(ids, mask, max_new_tokens=NEW, temperature=0.0, tree=TREES["12"])
-    assert out.new_tokens == greedy
+    assert out.new_tokens == [text[len(row) :] for row, text in zip(rows, texts, strict=True)]
     assert all(stats.exit_position is None for stats in out.stats)
 
 
@@ -130,15 +137,12 @@ def test_nan_signals_never_exit(rng: torch.Generator) -> None:
 def test_a_budget_needs_no_draft(hard: bool, rng: torch.Generator) -> None:
     model = tiny_model("llama")
     rows = prompts(rng, [8])
-    greedy = model.generate(rows[0][None], max_new_tokens=NEW, do_sample=False)[0, 8:].tolist()
+    text = greedy_texts(model, rows)[0]
     budget = 6
-    exit = config((2,), thinking_budget=budget, hard_budget=hard)
+    exit = config([text], enabled=False, thinking_budget=budget, hard_budget=hard)
     out = SpecExitDecoder(model, exit=exit).generate(rows[0][None], max_new_tokens=NEW, temperature=0.0)
-    boundary = (i for i in range(budget - 1, NEW - 1) if hard or greedy[i] in BOUNDARIES)
-    expected = next(boundary, None)
-    if expected is None:
-        assert out.stats[0].exit_position is None
-    else:
-        assert out.stats[0].exit_position == 8 + expected
-        assert out.stats[0].exit_reason == "budget"
-        assert out.stats[0].thinking_tokens == expected + 1
+    expected = next(p for p in range(8 + budget - 1, 8 + NEW) if hard or text[p] in exit.boundary_ids)
+    assert out.new_tokens[0][: expected + 2 - 8] == [*text[8 : expected + 1], 2]
+    assert out.stats[0].exit_position == expected
+    assert out.stats[0].exit_reason == "budget"
+    assert out.stats[0].thinking_tokens == expected + 1 - 8

@@ -253,9 +253,8 @@ class SpecExitDecoder:
         seeds = row_seeds(seed, len(wanted))
         sampling, processors = split_warpers(list(processors), bool(config.do_sample))
         prefixes: list[list[int]] = input_ids.tolist()
-        choose: Choose = Sampler(sampling, seeds, tree.nodes, self.device)
-        if processors:
-            choose = PathProcessor(processors, sampling, seeds, prefixes, set(stop_ids))
+        sampler = Sampler(sampling, seeds, self.device)
+        choose: Choose = PathProcessor(processors, sampler, prefixes, set(stop_ids)) if processors else sampler
         request = Request(
             prompts=prompts,
             prefixes=prefixes,

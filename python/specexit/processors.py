@@ -18,8 +18,8 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from specexit.sampling import SamplingConfig
-from specexit_kernels import DecodeState, Tree, bits, sample_targets
+from specexit.sampling import Sampler, SamplingConfig
+from specexit_kernels import DecodeState, Tree, bits
 
 _WARPERS = (TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper, MinPLogitsWarper)
 
@@ -58,14 +58,12 @@ class PathProcessor:
     def __init__(
         self,
         processors: LogitsProcessorList,
-        config: SamplingConfig,
-        seeds: list[int],
+        sampler: Sampler,
         prefixes: list[list[int]],
         stop_ids: set[int],
     ) -> None:
         self.processors = processors
-        self.config = config
-        self.seeds = seeds
+        self.sampler = sampler
         self.prefixes = prefixes
         self.stop_ids = stop_ids
 
@@ -95,20 +93,6 @@ class PathProcessor:
         return targets
 
     def _token(self, logits: Tensor, ids: list[int], row: int, position: int) -> int:
-        device = logits.device
-        prefix = torch.tensor([ids], dtype=torch.int64, device=device)
+        prefix = torch.tensor([ids], dtype=torch.int64, device=logits.device)
         scores = self.processors(prefix, logits[None].to(torch.float32, copy=True))
-
-        def one(value: float | None, dtype: torch.dtype) -> Tensor | None:
-            return None if value is None or self.config.temperature == 0 else torch.tensor([value], dtype=dtype).to(device)
-
-        token = sample_targets(
-            scores,
-            torch.tensor([position], dtype=torch.int32, device=device),
-            torch.tensor([self.seeds[row]], dtype=torch.int64, device=device),
-            temperature=one(self.config.temperature, torch.float32),
-            top_k=one(self.config.top_k, torch.int32),
-            top_p=one(self.config.top_p, torch.float32),
-            min_p=one(self.config.min_p, torch.float32),
-        )
-        return int(token)
+        return int(self.sampler.draw(scores, row, position))

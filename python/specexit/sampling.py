@@ -75,34 +75,41 @@ class Sampler:
 
     config  shared by the rows
     seeds   one a row
-    nodes   T, so that the per-node parameters are laid out once
     """
 
-    def __init__(self, config: SamplingConfig, seeds: Sequence[int], nodes: int, device: torch.device) -> None:
+    def __init__(self, config: SamplingConfig, seeds: Sequence[int], device: torch.device) -> None:
         self.config = config
-        count = len(seeds) * nodes
-
-        def per_node(value: float | None, dtype: torch.dtype) -> Tensor | None:
-            return None if value is None else torch.full((count,), value, dtype=dtype, device=device)
-
-        greedy = config.temperature == 0
-        self.seeds = torch.tensor(seeds, dtype=torch.int64, device=device).repeat_interleave(nodes)
-        self.temperature = None if greedy else per_node(config.temperature, torch.float32)
-        self.top_k = None if greedy else per_node(config.top_k, torch.int32)
-        self.top_p = None if greedy else per_node(config.top_p, torch.float32)
-        self.min_p = None if greedy else per_node(config.min_p, torch.float32)
+        self.seeds = torch.tensor(seeds, dtype=torch.int64, device=device)
+        self._laid_out: dict[int, dict[str, Tensor | None]] = {}  # by nodes a row: the same tensors in every step
 
     def __call__(self, logits: Tensor, tree: Tree, state: DecodeState) -> Tensor:
         """logits [B, T, V] -> targets [B, T] int32: the token after each node, by the base alone."""
         # A node at depth d stands at position L + d; its target is the token of the position after it.
         positions = state.lengths.unsqueeze(1) + (tree.depth + 1)
-        targets = sample_targets(
-            logits.flatten(0, 1),
-            positions.flatten(),
-            self.seeds,
-            temperature=self.temperature,
-            top_k=self.top_k,
-            top_p=self.top_p,
-            min_p=self.min_p,
-        )
+        nodes = tree.tokens.shape[1]
+        if nodes not in self._laid_out:
+            self._laid_out[nodes] = self._arguments(self.seeds.repeat_interleave(nodes))
+        targets = sample_targets(logits.flatten(0, 1), positions.flatten(), **self._laid_out[nodes])
         return targets.view(tree.tokens.shape)
+
+    def draw(self, logits: Tensor, row: int, position: int) -> Tensor:
+        """One token, [1] int32: of `row` at `position`, from logits [1, V]."""
+        at = torch.tensor([position], dtype=torch.int32, device=logits.device)
+        return sample_targets(logits, at, **self._arguments(self.seeds[row : row + 1]))
+
+    def _arguments(self, seeds: Tensor) -> dict[str, Tensor | None]:
+        """What `sample_targets` takes besides logits and positions, for nodes with these seeds [N]."""
+        config = self.config
+
+        def full(value: float | None, dtype: torch.dtype) -> Tensor | None:
+            if value is None or config.temperature == 0:
+                return None
+            return torch.full(seeds.shape, value, dtype=dtype, device=seeds.device)
+
+        return {
+            "seeds": seeds,
+            "temperature": full(config.temperature, torch.float32),
+            "top_k": full(config.top_k, torch.int32),
+            "top_p": full(config.top_p, torch.float32),
+            "min_p": full(config.min_p, torch.float32),
+        }
