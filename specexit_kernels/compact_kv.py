@@ -94,7 +94,8 @@ def compact_kv(
     _checks.tensor("path", path, ("B", "D + 1"), torch.int32, sizes)
     _checks.tensor("n_accepted", n_accepted, ("B",), torch.int32, sizes, path)
     _checks.tensor("lengths", lengths, ("B",), torch.int32, sizes, path)
-    _checks.unit_stride("path", path)
+    for name, value in (("path", path), ("n_accepted", n_accepted), ("lengths", lengths)):
+        _checks.unit_stride(name, value)
     if path.shape[1] == 0:
         raise ValueError(f"path must have a column for the root, was {list(path.shape)}")
     if block_table is None:

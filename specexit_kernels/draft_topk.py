@@ -120,8 +120,10 @@ def draft_topk(
         if exit_weight is None:
             raise ValueError("exit_bias must be None without exit_weight")
         _checks.tensor("exit_bias", exit_bias, ("S",), hidden.dtype, sizes, hidden)
+        _checks.unit_stride("exit_bias", exit_bias)
     if token_map is not None:
         _checks.tensor("token_map", token_map, ("Vd",), torch.int32, sizes, hidden)
+        _checks.unit_stride("token_map", token_map)
     tokens, logprobs, signals = _OP(
         hidden, norm_weight, eps, lm_head, k, exit_weight, exit_bias, token_map, implementation=implementation
     )

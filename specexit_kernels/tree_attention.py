@@ -169,8 +169,9 @@ def tree_attention(
     if sinks is not None:
         _checks.tensor("sinks", sinks, ("Hq",), (q.dtype, torch.float32), sizes, q)
         _checks.unit_stride("sinks", sinks)
-    for name, value in (("q", q), ("k", k), ("v", v), ("positions", positions), ("visible", visible)):
+    for name, value in (("q", q), ("k", k), ("v", v), ("lengths", lengths), ("positions", positions)):
         _checks.unit_stride(name, value)
+    _checks.unit_stride("visible", visible)
     if sizes["Hkv"] == 0 or sizes["Hq"] % sizes["Hkv"]:
         raise ValueError(f"q must have a multiple of k's {sizes['Hkv']} heads, was {list(q.shape)}")
     if not 1 <= sizes["W"] <= bits.words(slots):  # no word without a scratch slot

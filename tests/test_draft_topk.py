@@ -206,8 +206,10 @@ def test_the_twin_can_be_asked_for(rng: torch.Generator) -> None:
         (r"exit_weight.shape\[0\]", lambda x: torch.cat([x, x]), ValueError),
         ("exit_bias", lambda x: x.double(), TypeError),
         ("exit_bias", lambda x: x[:2], ValueError),
+        ("exit_bias", lambda x: x.repeat(2)[::2], ValueError),
         ("token_map", lambda x: x.long(), TypeError),
         ("token_map", lambda x: x[:10], ValueError),
+        ("token_map", lambda x: x.repeat(2)[::2], ValueError),
     ],
 )
 def test_bad_arguments(rng: torch.Generator, name: str, change: Callable[[Any], Any], error: type[Exception]) -> None:

@@ -280,6 +280,7 @@ def test_the_twin_can_be_asked_for(rng: torch.Generator) -> None:
         ("v", lambda x: x.transpose(2, 3).contiguous().transpose(2, 3), ValueError),
         ("lengths", lambda x: x.long(), TypeError),
         ("lengths", lambda x: x[:1], ValueError),
+        ("lengths", lambda x: x[:1].expand(2), ValueError),
         ("positions", lambda x: x.long(), TypeError),
         ("positions", lambda x: x[:, :3], ValueError),
         ("positions", lambda x: x.t().contiguous().t(), ValueError),
