@@ -50,5 +50,5 @@ $(INSTALLED): pyproject.toml setup.py CMakeLists.txt specexit_kernels/_version.p
 	$(PIP) install --quiet --requirement requirements/dev.txt
 	$(BIN)/python -c 'import triton' 2>/dev/null || $(PIP) install --quiet --requirement requirements/triton.txt
 	PATH="$(abspath $(BIN)):$$PATH" $(PIP) install --quiet --no-build-isolation --editable .
-	$(BIN)/python -c 'from specexit_kernels import native; print("native module:", native.absent() or "built")'
+	$(BIN)/python -c 'from specexit_kernels import native; print(native.absent() or "the native module is built")'
 	@touch $@

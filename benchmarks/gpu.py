@@ -74,7 +74,9 @@ def read_demo() -> Any:
 PARTS = {
     "build": Part((sys.executable, "setup.py", "build_ext", "--inplace"), 180),
     "tests": Part((sys.executable, "-m", "pytest", "tests/gpu", f"--junitxml={LOGS / 'tests.xml'}"), 200, count_tests),
-    "demo": Part((sys.executable, "-m", "specexit", "demo", f"--json={LOGS / 'demo.json'}"), 80, read_demo),
+    "demo": Part(
+        (sys.executable, "-m", "specexit", "demo", "--problems=8", f"--json={LOGS / 'demo.json'}"), 80, read_demo
+    ),
 }
 
 
