@@ -1,4 +1,4 @@
-"""The native module `specexit_kernels._C`: CUDA kernels that take addresses, sizes and a stream.
+"""The native module `specexit_kernels._C`, the home of CUDA kernels, which take addresses, sizes and a stream.
 
 It is built when the package is installed on a machine with nvcc, with or without a GPU. It links nothing of torch,
 and imports without a driver.
