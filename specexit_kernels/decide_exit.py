@@ -34,15 +34,19 @@ def decide_exit_ref(
     """The meaning of `decide_exit` in plain PyTorch: CPU path and test oracle."""
     r = ExitRules.of(rules, smoothing, per_step, has_minimum, has_budget, force_stops)
     s = DecodeState.of(state)
+    if signals.shape[2] < s.smoothed.shape[1]:  # nothing was read: all are missing
+        signals = s.smoothed.new_full((*signals.shape[:2], s.smoothed.shape[1]), torch.nan)
     rows = s.run.shape[1] - 1
     run = s.run.t()
     count = torch.arange(1, rows + 1, dtype=torch.int32, device=run.device).unsqueeze(1)  # tokens up to each row
-    tokens, unread = run[:rows], count > s.n_pending
-    inside = thinking_states(tokens, unread, s.tail, s.thinking, r.start, r.end)
+    tokens = run[:rows]
+    s.lengths.sub_(s.n_pending)  # L at the step's start, until the cut is known
+    unread = count > s.n_pending
+    live = (count > s.prompt_lengths - s.lengths).masked_fill_(unread, False)  # read and generated
+    inside = thinking_states(tokens, live.logical_not(), s.tail, s.thinking, r.start, r.end)
     before, after = inside[:rows], inside[1:]
     s.thinking.copy_(after[-1])
-    s.lengths.sub_(s.n_pending)  # L at the step's start, until the cut is known
-    counts = (before & after).logical_and_(count > s.prompt_lengths - s.lengths).masked_fill_(unread, False)
+    counts = (before & after).logical_and_(live)
 
     by_signals = by_budget = None  # [B] int32: tokens of the run up to its first row that may be cut, R + 1 for none
     x = e = missing = None
@@ -80,8 +84,10 @@ def decide_exit_ref(
         s.smoothed.masked_fill_(s.seen < values_needed(r.smoothing, s.history.shape[2]), 0)
         if s.history.shape[2]:
             s.history.masked_fill_((s.seen == 0).unsqueeze(2), 0)
-    if s.trace.shape[1]:
-        _record(x, e, missing, unread, s.trace)
+    if x is not None and e is not None and missing is not None and s.trace.shape[1]:
+        trace = s.trace.transpose(0, 1)
+        torch.stack([x, e.expand_as(x)], 2, out=trace)
+        trace.masked_fill_(missing.logical_or_(unread.unsqueeze(2)).unsqueeze(2), torch.nan)
     return end - 1
 
 
@@ -184,16 +190,6 @@ def _cut(by_signals: Tensor | None, by_budget: Tensor | None, forced: Tensor, r:
     return end
 
 
-def _record(x: Tensor | None, e: Tensor | None, missing: Tensor | None, unread: Tensor, trace: Tensor) -> None:
-    """x and e, [R, B, S] each, where there is an x and the row stands; NaN elsewhere."""
-    if x is None or e is None or missing is None:
-        trace.fill_(torch.nan)
-        return
-    by_row = trace.transpose(0, 1)
-    torch.stack([x, e.expand_as(x)], 2, out=by_row)
-    by_row.masked_fill_(missing.logical_or_(unread.unsqueeze(2)).unsqueeze(2), torch.nan)
-
-
 def _outputs(
     signals: Tensor,
     rules: list[Tensor],
@@ -225,8 +221,9 @@ def decide_exit(signals: Tensor, rules: ExitRules, state: DecodeState, *, implem
     state    after this step's `accept`; changed in place, see below
     cut      [B] int32: the row of the token that stays last, -1 where thinking goes on
 
-    A row counts if it is read, generated, and inside thinking before and after its token. Row r may be cut if it counts
-    and, by its signals, is a boundary at which all used values pass their thresholds (confidence and progress above,
+    Whether a row stands inside thinking follows from `state.thinking` and the markers among the generated tokens before
+    it. A row counts if it is read, generated, and inside before and after its token. Row r may be cut if it counts and,
+    by its signals, is a boundary at which all used values pass their thresholds (confidence and progress above,
     remaining below, strictly), or, by its budget, is a boundary (any row, if the budget is hard) with enough thinking
     tokens behind it; the first such row is cut. A missing (not finite) value leaves e as it was, and does not pass.
     When thinking is over, values and counts of values start afresh; thinking tokens are counted on.

@@ -11,12 +11,12 @@ from torch import Tensor
 
 
 def thinking_states(
-    tokens: Tensor, unread: Tensor, tail: Tensor, thinking: Tensor, start: Tensor, end: Tensor
+    tokens: Tensor, ignored: Tensor, tail: Tensor, thinking: Tensor, start: Tensor, end: Tensor
 ) -> Tensor:
     """Whether each token of a run stands inside the thinking text: the state before it, and, last, after the run.
 
     tokens    [R, B] int32
-    unread    [R, B] bool: the last tokens, which do not count as markers
+    ignored   [R, B] bool: tokens at which no marker counts
     tail      [B, M] int32: the M tokens before the run; M >= longest marker - 1
     thinking  [B] int32: 1 if the run begins inside the thinking text
     start     [Fs] int32, may be empty
@@ -36,7 +36,7 @@ def thinking_states(
         marks = codes.masked_fill(misses, 0) if marks is None else torch.where(misses, marks, codes)
     if marks is None:
         return before.bool().expand(rows + 1, -1)
-    return (torch.cat([before, marks.masked_fill_(unread, 0)]).cummax(0).values & 1).bool()
+    return (torch.cat([before, marks.masked_fill_(ignored, 0)]).cummax(0).values & 1).bool()
 
 
 def _misses(tokens: Tensor, tail: Tensor, marker: Tensor) -> Tensor:

@@ -83,7 +83,7 @@ class DecodeState:
     n_forced: Tensor  # [B] int32
     run: Tensor  # [B, D + 2] int32: the old root, then the tokens that `accept` found; the rest is 0
     n_pending: Tensor  # [B] int32: tokens of the run after the old root
-    thinking: Tensor  # [B] int32: 1 inside the thinking text, after the token at L - 1
+    thinking: Tensor  # [B] int32: 1 inside the thinking text, after the token at L - 1, or the prompt if that is longer
     thinking_tokens: Tensor  # [B] int32: generated positions read inside thinking
     tail: Tensor  # [B, M] int32: the M tokens before the root, for markers; -1: none, or before a cut; M = longest - 1
     smoothed: Tensor  # [B, S] float32: e, of the last read position; 0 while there is none

@@ -103,7 +103,7 @@ def begin(state: DecodeState, prompts: Sequence[Sequence[int]], limits: Sequence
         state.lengths[row] = len(prompt) - 1
         state.limits[row] = limit
         state.root[row] = prompt[-1]
-        state.thinking[row] = int(thinking_after(prompt[:-1], shared))
+        state.thinking[row] = int(thinking_after(prompt, shared))
         width = state.tail.shape[1]
         before = ([-1] * width + list(prompt[:-1]))[len(prompt) - 1 :]
         state.tail[row] = torch.tensor(before, dtype=torch.int32)
@@ -209,13 +209,13 @@ def tell(
     """Token-by-token decoding with an exit; `signals` is given the text up to the token after the position it is of."""
     story = Story(list(prompt), len(prompt))
     text, forced, origin = story.text, [], 0  # a marker does not reach back over a cut
-    thinking, values = thinking_after(text[:-1], shared), [[] for _ in signals(text)]
+    thinking, values = thinking_after(text, shared), [[] for _ in signals(text)]
     while not story.finished:
         p = len(text) - 1
         before = thinking
-        if ends_with(text[origin:], shared.end):
+        if p >= story.prompt and ends_with(text[origin:], shared.end):
             thinking = False
-        elif ends_with(text[origin:], shared.start):
+        elif p >= story.prompt and ends_with(text[origin:], shared.start):
             thinking = True
         pending = len(forced) > 0
         text.append(forced.pop(0) if forced else choose(text))

@@ -7,9 +7,10 @@ import itertools
 import pytest
 import torch
 from exit_harness import Settings, chain_trees, ids, make_state
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from specexit_kernels import bits
-from specexit_kernels.accept import accept
+from specexit_kernels.accept import accept, accept_ref
 from specexit_kernels.state import DecodeState, Finish, Tree
 
 V = 4  # few ids: drafts match by chance, siblings tie, stop ids are met
@@ -179,6 +180,20 @@ def test_no_rows() -> None:
     state = make_state(0, Settings(force=(2, 9)), depth=3)
     path, m, root = accept(chain_trees([], 5), torch.zeros(0, 5, dtype=torch.int32), ids(3, 4), state)
     assert (path.shape, m.shape, root.shape) == ((0, 4), (0,), (0,))
+
+
+@pytest.mark.parametrize("stop", [(), (3,), (2, 3)])
+@pytest.mark.parametrize("forced", [0, 1, 3])
+def test_no_value_is_asked_for(rng: torch.Generator, stop: tuple[int, ...], forced: int) -> None:
+    """Fake tensors have no values: a read of one, which on a GPU waits for it, would raise."""
+    tree = random_tree(rng, 3, 6)
+    state = random_state(rng, tree, 6, forced)
+    with FakeTensorMode() as mode:
+        *arguments, fake = (
+            [mode.from_tensor(x) for x in xs] for xs in (tree, (tree.tokens, ids(*stop)), state.tensors())
+        )
+        path, m, root = accept_ref(*arguments[0], *arguments[1], fake)
+    assert (path.shape, m.shape, root.shape) == ((3, 7), (3,), (3,))
 
 
 @pytest.mark.parametrize(("stop", "forced"), [((), 1), ((2, 3), 3)])

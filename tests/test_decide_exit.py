@@ -25,8 +25,10 @@ from exit_harness import (
     smooth_values,
 )
 from tolerances import assert_close
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from specexit_kernels import DecodeState, ExitReason, ExitRules, Finish, Smoothing, accept, decide_exit
+from specexit_kernels.decide_exit import decide_exit_ref
 
 NAN = math.nan
 
@@ -175,6 +177,16 @@ def test_thinking_that_starts_again_starts_afresh() -> None:
     assert row.state.exit_position.item() == 11  # the first is reported
 
 
+def test_what_a_prompt_leaves_is_not_asked_again() -> None:
+    """The first root is the prompt's last token: with `assume_thinking`, a marker there has no say."""
+    for last, thinking in ((1, 0), (2, 1)):
+        row = Steps()
+        begin(row.state, [[8, 8, last]], [99], row.shared)
+        row.state.thinking.fill_(thinking)
+        row.step([9], 9)
+        assert (row.state.thinking.item(), row.state.thinking_tokens.item()) == (thinking, thinking)
+
+
 def test_a_marker_does_not_reach_back_over_a_cut() -> None:
     row = Steps(Row(budget=1, hard=True), Settings(start=(6, 7), end=(7, 7), force=(7, 7)))
     row.step([], 6)
@@ -239,6 +251,9 @@ def test_a_step_without_signals_leaves_them_as_they_were() -> None:
     accept(chain_trees([[9, 4]], 6), ids(4, 9, 0, 0, 0, 0).view(1, 6), ids(3), row.state)
     assert decide_exit(torch.zeros(1, 6, 0), row.rules, row.state).item() == -1
     assert torch.equal(row.state.smoothed, before)
+    accept(chain_trees([[9, 2, 9]], 6), ids(2, 9, 9, 0, 0, 0).view(1, 6), ids(3), row.state)
+    decide_exit(torch.zeros(1, 6, 0), row.rules, row.state)
+    assert not row.state.seen.any()  # thinking has ended
 
 
 def test_no_rows() -> None:
@@ -283,6 +298,19 @@ def test_signals_of_any_strides_and_a_state_without_trace(rng: torch.Generator) 
     ):
         assert torch.equal(a.nan_to_num(-1), c.nan_to_num(-1)), name
         assert name == "trace" or torch.equal(a, b), name
+
+
+@pytest.mark.parametrize(("kind", "window"), KINDS)
+@pytest.mark.parametrize("per_step", [False, True])
+def test_no_value_is_asked_for(rng: torch.Generator, kind: Smoothing, window: int, per_step: bool) -> None:
+    """Fake tensors have no values: a read of one, which on a GPU waits for it, would raise."""
+    shared = Settings(smoothing=kind, window=window, per_step=per_step, start=(6, 7))
+    rules, state = random_step(rng, shared)
+    static = (int(rules.smoothing), rules.per_step, rules.has_minimum, rules.has_budget, rules.force_stops)
+    with FakeTensorMode() as mode:
+        fake = [[mode.from_tensor(x) for x in each.tensors()] for each in (rules, state)]
+        cut = decide_exit_ref(mode.from_tensor(torch.zeros(3, 5, 3)), fake[0], *static, fake[1])
+    assert (cut.shape, cut.dtype) == ((3,), torch.int32)
 
 
 @pytest.mark.parametrize(
