@@ -1,0 +1,48 @@
+"""Devices and models as the command line names them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from transformers.utils import logging
+
+from specexit import ExitConfig, SpecExitDecoder
+from specexit_kernels.state import NO_BUDGET
+
+
+def find_device(name: str | None) -> torch.device | None:
+    """The device called `name`, None for None. Raises ValueError where there is no such device."""
+    if name is None:
+        return None
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"--device must be cpu, cuda or cuda:1 and so on, was {name}") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(
+            f"--device {name} is not there: torch {torch.__version__} sees {torch.cuda.device_count()} GPUs"
+        )
+    return device
+
+
+def load_decoder(
+    base: Any, draft: Any, device: str | None = None, quiet: bool = True, **options: Any
+) -> SpecExitDecoder:
+    """`SpecExitDecoder.from_pretrained` without transformers' progress bars where they would only be noise."""
+    if quiet:
+        logging.disable_progress_bar()
+    return SpecExitDecoder.from_pretrained(base, draft, device=find_device(device), **options)
+
+
+def draft_rule(decoder: SpecExitDecoder) -> ExitConfig:
+    """The exit rule that the decoder was loaded with."""
+    if not isinstance(decoder.exit, ExitConfig):
+        raise ValueError("decoder must have one exit rule, had one a prompt")
+    return decoder.exit
+
+
+def watching(rule: ExitConfig) -> ExitConfig:
+    """`rule` with its signals read and smoothed as they are, but never ending anything: what would they have said?"""
+    return replace(rule, min_thinking_tokens=NO_BUDGET - 1)
