@@ -26,19 +26,21 @@ class BaseModel:
     """A transformers causal language model and the layers whose inputs are its features.
 
     model           any model that passes `check_supported`
-    feature_layers  indices of the layers whose inputs are read: of none where no draft reads them
+    feature_layers  indices of the layers whose inputs are read: of none where no draft reads them; None: EAGLE-3's
+                    three, one low, one middle, one high
     """
 
-    def __init__(self, model: PreTrainedModel, feature_layers: Sequence[int] = ()) -> None:
+    def __init__(self, model: PreTrainedModel, feature_layers: Sequence[int] | None = ()) -> None:
         check_supported(model)
         self.model = model
         self.config: PretrainedConfig = model.config.get_text_config(decoder=True)
         self.layers = decoder_layers(model)
-        self.feature_layers = tuple(feature_layers)
+        count = len(self.layers)
+        self.feature_layers = (2, count // 2, count - 3) if feature_layers is None else tuple(feature_layers)
         for index in self.feature_layers:
-            if not 0 <= index < len(self.layers):
+            if not 0 <= index < count:
                 raise ValueError(
-                    f"feature_layers must be layers of the base (0 to {len(self.layers) - 1}), was {self.feature_layers}"
+                    f"feature_layers must be layers of the base (0 to {count - 1}), was {self.feature_layers}"
                 )
         self._features: list[Tensor] = []
         self._can_leave_logits_out = "logits_to_keep" in inspect.signature(model.forward).parameters
@@ -60,14 +62,26 @@ class BaseModel:
     def vocab_size(self) -> int:
         return int(self.model.get_input_embeddings().weight.shape[0])
 
+    @property
+    def max_positions(self) -> int | None:
+        """Positions before a rotary embedding changes for all of them at once (longrope), which makes the logits of a
+        token depend on how far the forward reaches; None where it never does."""
+        sizes = [
+            parameters.get("original_max_position_embeddings") or self.config.original_max_position_embeddings
+            for parameters in rope_parameters(self.config)
+            if parameters.get("rope_type") == "longrope"
+        ]
+        return min(sizes, default=None)
+
     def new_cache(self, lengths: Tensor, slots: int) -> SlotCache:
         return SlotCache(len(self.layers), lengths, slots)
 
     @contextmanager
     def attached(self) -> Iterator[None]:
-        """Use our attention and read features inside the block; restore the model after it, whatever happens."""
+        """Use our attention, in evaluation mode, and read features inside the block; restore the model after it,
+        whatever happens."""
         attention.register()
-        with attention_implementation(self.model, attention.NAME):
+        with evaluation_mode(self.model), attention_implementation(self.model, attention.NAME):
             handles = [
                 self.layers[index].register_forward_pre_hook(self._read_feature, with_kwargs=True)
                 for index in self.feature_layers
@@ -106,6 +120,19 @@ class BaseModel:
     def _read_feature(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         # A list, not a dict: in a shallow model two feature layers can be the same layer.
         self._features.append(args[0] if args else kwargs["hidden_states"])
+
+
+@contextmanager
+def evaluation_mode(model: PreTrainedModel) -> Iterator[None]:
+    """No dropout inside the block, nor gradient checkpointing, which would leave the cache out."""
+    training = [module for module in model.modules() if module.training]
+    try:
+        for module in training:
+            module.training = False
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 @contextmanager
@@ -162,10 +189,14 @@ def check_supported(model: object) -> None:
 
 
 def rope_types(config: PretrainedConfig) -> set[str]:
-    """The rotary embeddings that a model uses; some have one for each type of layer."""
+    """The rotary embeddings that a model uses."""
+    return {parameters.get("rope_type", "default") for parameters in rope_parameters(config)}
+
+
+def rope_parameters(config: PretrainedConfig) -> list[dict[str, Any]]:
+    """Those of each rotary embedding of a model; some have one for each type of layer."""
     parameters = getattr(config, "rope_parameters", None) or {}
-    nested = [p for p in parameters.values() if isinstance(p, dict)] or [parameters]
-    return {p.get("rope_type", "default") for p in nested}
+    return [nested for nested in parameters.values() if isinstance(nested, dict)] or [parameters]
 
 
 # How far the logits of a tree may lie from those of a linear forward, relative to the largest logit. A wrong mask or
@@ -188,18 +219,14 @@ def probe(base: BaseModel) -> None:
     depth = torch.tensor([[0, 1, 1, 2]], dtype=torch.int32, device=device)
     mask = torch.tensor([[1, 0, 0, 0], [1, 1, 0, 0], [1, 0, 1, 0], [1, 1, 0, 1]], dtype=torch.bool, device=device)
     lengths = torch.zeros(1, dtype=torch.int32, device=device)
-    training = model.training
-    model.eval()
-    try:
+    with evaluation_mode(model):
         linear = model(torch.cat([prompt, nodes[:, branch]], 1), use_cache=False).logits[0, 8:]
-        with base.attached():
-            cache = base.new_cache(lengths, 16)
-            base.forward(prompt, chain_context(lengths, 8), cache, last_logits=True)
-            lengths += 8
-            context = TreeContext(lengths, lengths.unsqueeze(1) + depth, bits.pack(mask).unsqueeze(0), span=2)
-            tree = base.forward(nodes, context, cache)[0][0, branch]
-    finally:
-        model.train(training)
+    with base.attached():
+        cache = base.new_cache(lengths, 16)
+        base.forward(prompt, chain_context(lengths, 8), cache, last_logits=True)
+        lengths += 8
+        context = TreeContext(lengths, lengths.unsqueeze(1) + depth, bits.pack(mask).unsqueeze(0), span=2)
+        tree = base.forward(nodes, context, cache)[0][0, branch]
     error = ((tree - linear).abs().max() / linear.abs().max()).item()
     if not error <= PROBE_TOLERANCE[linear.dtype]:
         raise ValueError(

@@ -33,7 +33,7 @@ from specexit.generation import check_generation_config, pad_id, split_criteria
 from specexit.loop import Request, decode
 from specexit.output import GenerateOutput, join_sequences
 from specexit.plan import Exit, ExitPlanner
-from specexit.processors import PathProcessor, split_warpers
+from specexit.processors import PathProcessor, check_processors, split_warpers
 from specexit.prompts import left_padded, pack_prompts
 from specexit.sampling import Sampler, row_seeds
 from specexit.step import Choose
@@ -65,7 +65,7 @@ class SpecExitDecoder:
         tokenizer: PreTrainedTokenizerBase | None = None,
         capacity: int | None = None,
     ) -> None:
-        self.base = BaseModel(model, feature_layers(model, draft))
+        self.base = BaseModel(model, () if draft is None else draft.feature_layers)
         if draft is not None and draft.feature_size != self.base.feature_size:
             raise ValueError(
                 f"draft must read features of {self.base.feature_size} numbers, from layers "
@@ -146,7 +146,7 @@ class SpecExitDecoder:
         input_ids          [B, P] integers, padded on either side where `attention_mask` [B, P] is 0
         temperature        0 is greedy; a positive one samples
         seed               of the sampling: an int (rows get seeds derived from it), one a row, or None for a fresh one
-        logits_processor   run along the accepted path, on the host
+        logits_processor   run along the accepted path, on the host, one row at a time
         stopping_criteria  asked after every token of every row
         streamer           gets the prompt, then every token as it is published; one prompt only
         exit, tree         instead of the decoder's
@@ -156,8 +156,8 @@ class SpecExitDecoder:
         Raises TypeError or ValueError for an argument that is wrong, before anything is decoded.
         """
         prompts = pack_prompts(input_ids, attention_mask, self.base.vocab_size)
-        if temperature is not None and temperature < 0:
-            raise ValueError(f"temperature must be 0 (greedy) or more, was {temperature}")
+        if temperature is not None and not 0 <= temperature < float("inf"):
+            raise ValueError(f"temperature must be a finite number, 0 (greedy) or more, was {temperature}")
         if max_new_tokens is not None and max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be at least 1, was {max_new_tokens}")
         if not prompts.lengths:
@@ -200,6 +200,8 @@ class SpecExitDecoder:
         given = {name: value for name, value in options.items() if value is not None}
         self.model.generate(input_ids=ids, attention_mask=mask, custom_generate=run, **given)
         result = results[0]
+        # One row each, also where the generation_config asks for several sequences a prompt.
+        input_ids = input_ids.repeat_interleave(len(result.stats) // len(prompts.lengths), 0)
         return GenerateOutput(join_sequences(input_ids, result.new_tokens, pad), result.new_tokens, result.stats)
 
     def __call__(
@@ -218,6 +220,8 @@ class SpecExitDecoder:
         there as well. transformers does not pass its streamer on: use `decoder.generate` to stream."""
         if model is not self.model:
             raise ValueError("custom_generate must be a decoder made for this very model, was one made for another")
+        if model_kwargs.get("inputs_embeds") is not None:
+            raise ValueError("inputs_embeds must not be given: the draft reads token ids, give input_ids")
         mask = model_kwargs.get("attention_mask")
         result = self._decode(
             input_ids, mask, logits_processor, stopping_criteria, generation_config, seed, None, exit, tree
@@ -242,6 +246,8 @@ class SpecExitDecoder:
     ) -> GenerateOutput:
         """Decode what transformers prepared: left-padded ids, merged configuration, processors and criteria."""
         check_generation_config(config)
+        if not input_ids.shape[0]:
+            return GenerateOutput(input_ids, [], [])
         if streamer is not None and input_ids.shape[0] > 1:
             raise ValueError(f"streamer must be given one prompt, was given {input_ids.shape[0]}")
         tree = tree or self.tree
@@ -254,6 +260,7 @@ class SpecExitDecoder:
         sampling, processors = split_warpers(list(processors), bool(config.do_sample))
         prefixes: list[list[int]] = input_ids.tolist()
         sampler = Sampler(sampling, seeds, self.device)
+        check_processors(processors, len(wanted))
         choose: Choose = PathProcessor(processors, sampler, prefixes, set(stop_ids)) if processors else sampler
         request = Request(
             prompts=prompts,
@@ -270,7 +277,11 @@ class SpecExitDecoder:
         )
         if streamer is not None:
             streamer.put(input_ids.cpu())
-        rows = decode(self.base, self.draft, tree, request)
+        try:
+            rows = decode(self.base, self.draft, tree, request)
+        finally:  # also after an error: another thread may be waiting for the next token
+            if streamer is not None:
+                streamer.end()
         new_tokens = [prefix[input_ids.shape[1] :] for prefix in prefixes]
         for index, row in enumerate(rows):
             row.thinking_tokens = plan.count_thinking(index, new_tokens[index])
@@ -280,6 +291,12 @@ class SpecExitDecoder:
 
     def _limits(self, lengths: list[int], wanted: list[int], tree: TreeConfig) -> list[int]:
         """Where each row must end: as wanted, or where a hard capacity has no room for another tree."""
+        most = self.base.max_positions
+        if most is not None and max(wanted) > most:
+            raise ValueError(
+                f"input_ids and max_new_tokens must stay within {most} positions, was {max(wanted)}: past them "
+                f"{type(self.model).__name__} changes its rotary embedding (longrope) for the whole text"
+            )
         if self.capacity is None:
             return wanted
         most = self.capacity - tree.nodes + 1
@@ -295,11 +312,3 @@ class SpecExitDecoder:
 def default_tree(device: torch.device) -> TreeConfig:
     """On a GPU a forward over 60 nodes costs what one over 1 does; on a CPU every node costs, so a chain pays best."""
     return TreeConfig() if device.type == "cuda" else TreeConfig.chain(6)
-
-
-def feature_layers(model: PreTrainedModel, draft: Draft | None) -> tuple[int, ...]:
-    """The layers whose inputs the draft reads; EAGLE-3's where it does not say: one low, one middle, one high."""
-    if draft is None or draft.feature_layers is not None:
-        return () if draft is None else draft.feature_layers
-    count = model.config.get_text_config(decoder=True).num_hidden_layers
-    return (2, count // 2, count - 3)

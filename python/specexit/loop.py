@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 from transformers import StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
@@ -59,14 +58,16 @@ def decode(base: BaseModel, draft: Draft | None, config: TreeConfig, request: Re
         first_tree(draft, config, buffers)
         while any(row.finish_reason is None for row in rows):
             if request.slots is None:
-                longest = max(row.prompt_tokens + row.new_tokens for row in rows)
+                # A row that a criterion has stopped may have committed a path whose end it did not publish.
+                longest = max(row.prompt_tokens + row.new_tokens for row in rows) + config.max_depth
                 grow(draft, buffers, longest + config.nodes)
             decode_step(base, draft, config, request.choose, request.rules, buffers)
             publish(buffers.state, request, rows)
     for row, position, reason in zip(
         rows, buffers.state.exit_position.tolist(), buffers.state.exit_reason.tolist(), strict=True
     ):
-        if reason != ExitReason.NONE:
+        # An exit whose end of thinking a criterion has cut off, in the same step, did not happen.
+        if reason != ExitReason.NONE and position + 1 < row.prompt_tokens + row.new_tokens:
             row.exit_position = position
             row.exit_reason = "signals" if reason == ExitReason.SIGNALS else "budget"
     return rows
@@ -129,14 +130,14 @@ def publish(state: DecodeState, request: Request, rows: list[RowStats]) -> None:
     for index, row in enumerate(rows):
         if row.finish_reason is not None:
             continue
-        if traces is not None:
-            extend_trace(row, traces[index])
         *output, n_output, finished = packed[index][: count + 2]
         tokens = output[:n_output]
         if request.criteria or request.streamer is not None:
             tokens = offer(tokens, index, request, row)
         else:
             request.prefixes[index].extend(tokens)
+        if traces is not None:  # one position for each token published
+            extend_trace(row, traces[index][: len(tokens)])
         row.steps += 1
         row.accepted.append(len(tokens))
         row.new_tokens += len(tokens)
@@ -146,8 +147,6 @@ def publish(state: DecodeState, request: Request, rows: list[RowStats]) -> None:
             row.finish_reason = "stop"
         elif finished == Finish.LENGTH:
             row.finish_reason = "length"
-    if request.streamer is not None and all(row.finish_reason for row in rows):
-        request.streamer.end()
 
 
 def offer(tokens: Sequence[int], index: int, request: Request, row: RowStats) -> list[int]:
@@ -167,7 +166,9 @@ def offer(tokens: Sequence[int], index: int, request: Request, row: RowStats) ->
 
 
 def extend_trace(row: RowStats, steps: list[list[list[float]]]) -> None:
-    """Add the read positions of one step; `steps` is [D + 1][x, e][S], NaN where nothing was read."""
+    """Add the read positions of one step; `steps` is [n][x, e][S], NaN where nothing was read."""
+    if not steps:
+        return
     if row.trace is None:
         row.trace = SignalTrace(names=SIGNALS[: len(steps[0][0])])
     first = row.prompt_tokens + row.new_tokens - 1  # the step's root

@@ -7,15 +7,23 @@ the host, along the accepted path only: at most D + 1 calls a row and step.
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import Tensor
 from transformers import LogitsProcessorList
 from transformers.generation.logits_process import (
+    EncoderNoRepeatNGramLogitsProcessor,
+    EncoderRepetitionPenaltyLogitsProcessor,
     LogitsProcessor,
     MinPLogitsWarper,
+    PrefixConstrainedLogitsProcessor,
+    RepetitionPenaltyLogitsProcessor,
+    SynthIDTextWatermarkLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
+    UnbatchedClassifierFreeGuidanceLogitsProcessor,
 )
 
 from specexit.sampling import Sampler, SamplingConfig
@@ -23,10 +31,40 @@ from specexit_kernels import DecodeState, Tree, bits
 
 _WARPERS = (TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper, MinPLogitsWarper)
 
+# They know a row by its place in the batch, or keep something of each between the calls.
+_OF_A_BATCH = (
+    EncoderNoRepeatNGramLogitsProcessor,
+    EncoderRepetitionPenaltyLogitsProcessor,
+    PrefixConstrainedLogitsProcessor,
+    SynthIDTextWatermarkLogitsProcessor,
+    UnbatchedClassifierFreeGuidanceLogitsProcessor,
+)
 
-def split_warpers(
-    processors: list[LogitsProcessor], do_sample: bool
-) -> tuple[SamplingConfig, LogitsProcessorList]:
+
+def check_processors(processors: list[LogitsProcessor], batch: int) -> None:
+    """Refuse a processor that works on whole batches, where rows are processed one at a time. Raises ValueError."""
+    for processor in processors:
+        if batch > 1 and isinstance(processor, _OF_A_BATCH):
+            raise ValueError(
+                f"logits_processor must not hold a {type(processor).__name__} for several prompts, was given {batch}: "
+                "it works on whole batches, and rows are processed one at a time"
+            )
+
+
+def of_row(processors: LogitsProcessorList, row: int) -> LogitsProcessorList:
+    """The processors as they are for one row of the batch: transformers' repetition penalty knows each row's padding."""
+    own = LogitsProcessorList()
+    for processor in processors:
+        if isinstance(processor, RepetitionPenaltyLogitsProcessor):
+            ignored = getattr(processor, "prompt_ignore_length", None)
+            if isinstance(ignored, Tensor):
+                processor = copy.copy(processor)
+                processor.prompt_ignore_length = ignored[row : row + 1]
+        own.append(processor)
+    return own
+
+
+def split_warpers(processors: list[LogitsProcessor], do_sample: bool) -> tuple[SamplingConfig, LogitsProcessorList]:
     """The sampler's parameters, and the processors that stay.
 
     Only a tail of the list in the sampler's own order can become parameters: what runs after a warper must see its
@@ -62,7 +100,7 @@ class PathProcessor:
         prefixes: list[list[int]],
         stop_ids: set[int],
     ) -> None:
-        self.processors = processors
+        self.processors = [of_row(processors, row) for row in range(len(prefixes))]
         self.sampler = sampler
         self.prefixes = prefixes
         self.stop_ids = stop_ids
@@ -94,5 +132,5 @@ class PathProcessor:
 
     def _token(self, logits: Tensor, ids: list[int], row: int, position: int) -> int:
         prefix = torch.tensor([ids], dtype=torch.int64, device=logits.device)
-        scores = self.processors(prefix, logits[None].to(torch.float32, copy=True))
+        scores = self.processors[row](prefix, logits[None].to(torch.float32, copy=True))
         return int(self.sampler.draw(scores, row, position))
