@@ -1,5 +1,5 @@
-"""`model.generate(..., custom_generate=decoder)`: the text, options and errors of transformers' own decoding, and a model
-that is afterwards what it was."""
+"""`model.generate(..., custom_generate=decoder)`: the text, options and errors of transformers' own decoding, and a
+model that is afterwards what it was."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ from specexit.prompts import Prompts
 from specexit.step import Buffers, Choose, decode_step
 from specexit_kernels import DecodeState, ExitReason, ExitRules, Finish, Tree, bits
 
-BUCKET = 256  # the cache grows in multiples of this many slots
+BUCKET = 64  # the cache grows in multiples of this many slots
 
 
 @dataclass

@@ -52,7 +52,7 @@ def check_processors(processors: list[LogitsProcessor], batch: int) -> None:
 
 
 def of_row(processors: LogitsProcessorList, row: int) -> LogitsProcessorList:
-    """The processors as they are for one row of the batch: transformers' repetition penalty knows each row's padding."""
+    """The processors as they are for one row of the batch: the repetition penalty knows the padding of each."""
     own = LogitsProcessorList()
     for processor in processors:
         if isinstance(processor, RepetitionPenaltyLogitsProcessor):
@@ -115,7 +115,7 @@ class PathProcessor:
                 continue
             forced = state.forced[row, : int(state.n_forced[row])].tolist()
             ids, node, position = list(self.prefixes[row]), 0, lengths[row] + 1
-            for depth in range(1, tree.tokens.shape[1] + 1):
+            for depth in range(1, state.run.shape[1]):  # a step takes D + 1 tokens, a chain of forced ids may be longer
                 token = forced[depth] if depth < len(forced) else self._token(logits[row, node], ids, row, position)
                 targets[row, node] = token
                 children = (
