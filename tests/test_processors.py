@@ -115,7 +115,7 @@ def test_prefixes_are_those_of_plain_decoding(model: PreTrainedModel, lengths: l
     plain = Recorder()
     options = {"max_new_tokens": NEW, "do_sample": False}
     expected = model.generate(ids, attention_mask=mask, logits_processor=LogitsProcessorList([plain]), **options)
-    wanted = [[prefix for prefix in plain.prefixes[row :: len(rows)]] for row in range(len(rows))]
+    wanted = [plain.prefixes[row :: len(rows)] for row in range(len(rows))]
     new = expected[:, ids.shape[1] :].tolist()
     for label, tree in TREES.items():
         seen = Recorder()
