@@ -221,12 +221,17 @@ def probe(base: BaseModel) -> None:
     lengths = torch.zeros(1, dtype=torch.int32, device=device)
     with evaluation_mode(model):
         linear = model(torch.cat([prompt, nodes[:, branch]], 1), use_cache=False).logits[0, 8:]
-    with base.attached():
-        cache = base.new_cache(lengths, 16)
-        base.forward(prompt, chain_context(lengths, 8), cache, last_logits=True)
-        lengths += 8
-        context = TreeContext(lengths, lengths.unsqueeze(1) + depth, bits.pack(mask).unsqueeze(0), span=2)
-        tree = base.forward(nodes, context, cache)[0][0, branch]
+    try:
+        with base.attached():
+            cache = base.new_cache(lengths, 16)
+            base.forward(prompt, chain_context(lengths, 8), cache, last_logits=True)
+            lengths += 8
+            context = TreeContext(lengths, lengths.unsqueeze(1) + depth, bits.pack(mask).unsqueeze(0), span=2)
+            tree = base.forward(nodes, context, cache)[0][0, branch]
+    except torch.OutOfMemoryError:
+        raise
+    except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as failure:
+        raise ValueError(f"{type(model).__name__} is not supported: it fails over a token tree: {failure}") from failure
     error = ((tree - linear).abs().max() / linear.abs().max()).item()
     if not error <= PROBE_TOLERANCE[linear.dtype]:
         raise ValueError(

@@ -87,10 +87,11 @@ class SlotCache(Cache):
         return index
 
     def keys(self) -> list[Tensor]:
-        return [layer.keys for layer in self.layers]
+        """Of the layers that keep any: some models let a layer attend to another one's."""
+        return [layer.keys for layer in self.layers if layer.is_initialized]
 
     def values(self) -> list[Tensor]:
-        return [layer.values for layer in self.layers]
+        return [layer.values for layer in self.layers if layer.is_initialized]
 
     def grow(self, slots: int) -> None:
         """Move every layer to a larger allocation; the committed slots keep what they hold."""
