@@ -141,7 +141,7 @@ def test_probe_refuses_a_model_that_drops_the_context(monkeypatch: pytest.Monkey
         return attend(*args, **kwargs)
 
     monkeypatch.setattr(attention, "forward", forward)
-    with pytest.raises(ValueError, match="LlamaForCausalLM is not supported: it fails over a token tree: .*mask"):
+    with pytest.raises(ValueError, match=r"LlamaForCausalLM is not supported: it fails over a token tree: .*mask"):
         SpecExitDecoder(model, exit=ExitConfig.off())
     assert model.config._attn_implementation != "specexit"
 
