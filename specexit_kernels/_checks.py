@@ -32,16 +32,18 @@ def tensor(
     like    the tensor whose device it must share
     Raises TypeError for a wrong type or dtype, ValueError for a wrong shape or device.
     """
+    # On a CPU these checks run some two hundred times a decode step, so what is right must pass quickly.
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor, was {type(value).__name__}")
-    dtypes = (dtype,) if isinstance(dtype, torch.dtype) else tuple(dtype)
-    if value.dtype not in dtypes:
-        raise TypeError(f"{name} must be {_names(dtypes)}, was {_names((value.dtype,))}")
-    if value.dim() != len(shape):
-        raise ValueError(f"{name} must be {_shape(shape, sizes)}, was {list(value.shape)}")
-    for want, size in zip(shape, value.shape, strict=True):
-        if size != (want if isinstance(want, int) else sizes.setdefault(want, size)):
-            raise ValueError(f"{name} must be {_shape(shape, sizes)}, was {list(value.shape)}")
+    if value.dtype is not dtype and (isinstance(dtype, torch.dtype) or value.dtype not in dtype):
+        wanted = (dtype,) if isinstance(dtype, torch.dtype) else dtype
+        raise TypeError(f"{name} must be {_names(wanted)}, was {_names((value.dtype,))}")
+    found = value.shape
+    if len(found) != len(shape):
+        raise ValueError(f"{name} must be {_shape(shape, sizes)}, was {list(found)}")
+    for want, size in zip(shape, found, strict=True):
+        if size != want and (isinstance(want, int) or sizes.setdefault(want, size) != size):
+            raise ValueError(f"{name} must be {_shape(shape, sizes)}, was {list(found)}")
     if like is not None and value.device != like.device:
         raise ValueError(f"{name} must be on {like.device}, was on {value.device}")
     return value

@@ -1,7 +1,7 @@
 """How an operator is declared: a schema, its PyTorch twin, a fake, and the kernels that may stand in for the twin.
 
-Each op module makes one `Op`. The twin is the meaning of the op; it serves the CPU, and CUDA until a kernel is
-registered there. `torch.library` carries the op through `torch.compile`, `opcheck` and the fake tensors.
+Each op module makes one `Op`. The twin is the meaning of the op; it serves the CPU, unless the op names something
+faster there, and CUDA until a kernel is registered. `torch.library` carries the op through `torch.compile`, `opcheck` and the fake tensors.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ KERNELS = ("cuda", "triton")  # best first; the twin, "torch", is the fallback a
 
 @dataclass(frozen=True)
 class Implementation:
-    """One way to compute an op: its name ("torch", "triton" or "cuda"), the function, and why it cannot run if so."""
+    """One way to compute an op: its name ("torch", "sdpa", "triton", "cuda"), the function, and why it cannot run if so."""
 
     name: str
     function: Callable[..., Any]
@@ -33,14 +33,22 @@ class Op:
     schema      as `torch.library` writes it, without the namespace: "verify_tree(Tensor tokens, ...) -> (Tensor, ...)"
     reference   the twin, in plain PyTorch, with the schema's arguments; its results alias no argument
     fake        the twin's outputs, empty: shapes, dtypes and strides
+    cpu         name and function of what the CPU runs in place of the twin
     """
 
-    def __init__(self, schema: str, reference: Callable[..., Any], fake: Callable[..., Any]) -> None:
+    def __init__(
+        self,
+        schema: str,
+        reference: Callable[..., Any],
+        fake: Callable[..., Any],
+        cpu: tuple[str, Callable[..., Any]] | None = None,
+    ) -> None:
         self.name = schema.partition("(")[0]
         self.reference = reference
+        self.cpu = Implementation(*(cpu or ("torch", reference)))
         self.kernels: dict[str, Implementation] = {}
         LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-        LIBRARY.impl(self.name, reference, "CPU")
+        LIBRARY.impl(self.name, self.cpu.function, "CPU")
         LIBRARY.impl(self.name, self._on_cuda, "CUDA")
         torch.library.register_fake(f"specexit::{self.name}", fake, lib=LIBRARY)
         self._dispatch = getattr(torch.ops.specexit, self.name).default
@@ -54,10 +62,11 @@ class Op:
 
     def implementation(self, device: str) -> Implementation:
         """The implementation that runs for tensors on `device` ("cpu" or "cuda")."""
-        if device == "cuda":
-            for name in KERNELS:
-                if name in self.kernels and self.kernels[name].absent is None:
-                    return self.kernels[name]
+        if device == "cpu":
+            return self.cpu
+        for name in KERNELS:
+            if name in self.kernels and self.kernels[name].absent is None:
+                return self.kernels[name]
         return Implementation("torch", self.reference)
 
     def __call__(self, *args: Any, implementation: str | None = None) -> Any:
@@ -66,9 +75,9 @@ class Op:
             return self._dispatch(*args)
         if implementation == "torch":
             return self.reference(*args)
-        kernel = self.kernels.get(implementation)
+        kernel = self.cpu if implementation == self.cpu.name else self.kernels.get(implementation)
         if kernel is None:
-            known = ", ".join(["torch", *self.kernels])
+            known = ", ".join(dict.fromkeys(["torch", self.cpu.name, *self.kernels]))
             raise ValueError(f"implementation: {self.name} has {known}; there is no {implementation!r}")
         if kernel.absent is not None:
             raise RuntimeError(f"implementation={implementation!r} of {self.name} cannot run here: {kernel.absent}")

@@ -16,6 +16,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from specexit_kernels import bits, tree_attention
+from specexit_kernels.tree_attention import slot_mask
 
 NAME = "specexit"  # transformers gives names with "flash_attention" or "/" in them a meaning of their own
 
@@ -35,6 +36,7 @@ class TreeContext:
         self.visible = visible
         self.span = span
         self._windowed: dict[int, Tensor] = {}
+        self._masks: dict[tuple[int | None, int], Tensor] = {}
 
     def visible_in(self, window: int | None) -> Tensor:
         """The bits for a layer that attends `window` positions; the op applies windows to committed slots only."""
@@ -45,6 +47,21 @@ class TreeContext:
             mask = bits.unpack(self.visible, self.positions.shape[1]) & near
             self._windowed[window] = bits.pack(mask)
         return self._windowed[window]
+
+    def mask(self, window: int | None, slots: int, dtype: torch.dtype) -> Tensor | None:
+        """The mask as a CPU needs it, made once for all layers; the kernels of a GPU read the bits themselves."""
+        if self.visible.is_cuda:
+            return None
+        if (window, slots) not in self._masks:
+            self._masks[window, slots] = slot_mask(
+                self.lengths,
+                self.positions,
+                self.visible_in(window),
+                slots,
+                window=window,
+                dtype=torch.promote_types(dtype, torch.float32),
+            )
+        return self._masks[window, slots]
 
 
 def specexit_attention(
@@ -80,6 +97,7 @@ def specexit_attention(
         window=sliding_window,
         softcap=softcap,
         sinks=s_aux,
+        mask=specexit.mask(sliding_window, key.shape[2], key.dtype),
     )
     return attended, None
 

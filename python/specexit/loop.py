@@ -90,6 +90,10 @@ def allocate(base: BaseModel, draft: Draft | None, config: TreeConfig, request: 
     state.prompt_lengths.copy_(torch.tensor(prompts.lengths))
     state.limits.copy_(torch.tensor(request.limits))
     state.thinking.copy_(torch.tensor(request.thinking))
+    for index in range(batch if rules.tail else 0):
+        before = prompts.row(index)[-1 - rules.tail : -1]  # the root is the prompt's last token
+        if before:
+            state.tail[index, -len(before) :] = torch.tensor(before)
     slots = request.slots or round_up(max(prompts.lengths) + config.nodes)
     cache = base.new_cache(state.lengths, slots)
     if draft is not None:
