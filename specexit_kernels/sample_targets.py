@@ -74,7 +74,7 @@ def warp(
         cumulative = weight.cumsum(1)
         limit = torch.where(top_p < 1, top_p, math.inf).unsqueeze(1) * cumulative[:, -1:]
         outside = cumulative - weight >= limit
-        outside[:, 0] = False
+        outside[:, 0].fill_(False)
         z = z.masked_fill(outside, -math.inf)
     if min_p is not None:
         z = z.masked_fill(weight < min_p.clamp(max=1.0).unsqueeze(1), -math.inf)

@@ -1,0 +1,197 @@
+"""A decode step never waits for the device, keeps its addresses, and does the same work whatever the data is.
+
+On a CPU nothing would be lost by asking a tensor for its value; these tests see to it that a GPU is never asked. A
+dispatch mode sees every operation of the base, the draft and the twins; it does not look inside an operator of ours, so
+their functions are called directly.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from specexit import ExitConfig, SpecExitDecoder, TreeConfig, loop
+from specexit.bundled import bundled_pair, load_problems
+from specexit_kernels._op import OPS
+
+# Operations that need a value on the host, or whose output's shape depends on one.
+WAITS = {
+    "_local_scalar_dense",
+    "_unique",
+    "_unique2",
+    "allclose",
+    "argwhere",
+    "bincount",
+    "equal",
+    "is_nonzero",
+    "item",
+    "lift_fresh",  # torch.tensor of host data
+    "lift_fresh_copy",
+    "masked_select",
+    "nonzero",
+    "repeat_interleave.Tensor",
+    "unique_consecutive",
+    "unique_dim",
+}
+
+
+class Watch(TorchDispatchMode):
+    """Records what runs, and the shapes that come out; refuses what would wait."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.log: list[tuple[str, list[list[int]]]] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        namespace, _, name = str(func).partition(".")
+        if namespace == "aten":
+            assert name not in WAITS, f"{func} waits for the device"
+            assert name.partition(".")[0] not in WAITS, f"{func} waits for the device"
+            if name.startswith(("index.", "index_put", "_unsafe_index", "_index_put")):
+                indices = [index for index in args[1] if index is not None]
+                masks = [index.dtype in (torch.bool, torch.uint8) for index in indices]
+                assert not any(masks), f"{func} with a mask waits for the device"
+        assert namespace != "specexit", "an operator hides what is inside: call its function"
+        out = func(*args, **(kwargs or {}))
+        shapes = [list(leaf.shape) for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
+        self.log.append((str(func), shapes))
+        return out
+
+
+def forbidden(name: str) -> Callable[..., Any]:
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise AssertionError(f"Tensor.{name} waits for the device")
+
+    return refuse
+
+
+def tensors(value: object) -> Iterator[Tensor]:
+    """All tensors that an object holds, in its fields."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from tensors(item)
+    elif isinstance(value, dict):
+        yield from tensors(list(value.values()))
+    elif dataclasses.is_dataclass(value):
+        for field in dataclasses.fields(value):
+            yield from tensors(getattr(value, field.name))
+
+
+class Watcher:
+    """Stands in for `decode_step`: the same step, watched."""
+
+    def __init__(self, step: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+        self.step = step
+        self.monkeypatch = monkeypatch
+        self.logs: list[list[tuple[str, list[list[int]]]]] = []
+        self.addresses: list[list[int]] = []
+
+    def __call__(self, base: Any, draft: Any, config: Any, choose: Any, rules: Any, buffers: Any) -> Tensor:
+        with self.monkeypatch.context() as patch:
+            for name in ("tolist", "item", "cpu", "numpy", "__bool__", "__int__", "__float__", "__index__"):
+                patch.setattr(Tensor, name, forbidden(name))
+            with Watch() as watch:
+                out = self.step(base, draft, config, choose, rules, buffers)
+        self.logs.append(watch.log)
+        held = [buffers, rules, vars(choose), buffers.cache.keys(), buffers.cache.values(), vars(draft._workspace)]
+        self.addresses.append([tensor.data_ptr() for tensor in tensors(held)])
+        return out
+
+
+@pytest.fixture(scope="module")
+def pair() -> tuple[Any, Any]:
+    where = bundled_pair()
+    return AutoModelForCausalLM.from_pretrained(where.base).eval(), AutoTokenizer.from_pretrained(where.base)
+
+
+def prompts(tokenizer: Any) -> dict[str, Tensor]:
+    texts = [
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": problem.question}], add_generation_prompt=True, tokenize=False
+        )
+        for problem in load_problems("test")[:2]
+    ]
+    texts[1] = texts[1][-20:]
+    return tokenizer(texts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False)
+
+
+TREES = {
+    "plain": TreeConfig.none(),
+    "chain": TreeConfig.chain(4),
+    "tree": TreeConfig(nodes=20, depth=4, top_k=4),
+}
+SAMPLING = {
+    "greedy": {"temperature": 0.0},
+    "sampling": {"temperature": 0.8, "top_k": 20, "top_p": 0.9, "min_p": 0.02, "seed": 1},
+}
+
+
+@pytest.mark.parametrize("function", ["reference", "cpu"])
+@pytest.mark.parametrize("options", SAMPLING.values(), ids=SAMPLING)
+@pytest.mark.parametrize("tree", TREES.values(), ids=TREES)
+def test_a_step_never_waits_and_keeps_its_addresses(
+    pair: tuple[Any, Any],
+    tree: TreeConfig,
+    options: dict[str, Any],
+    function: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, tokenizer = pair
+    decoder = SpecExitDecoder.from_pretrained(model, bundled_pair().draft, tokenizer=tokenizer, tree=tree, capacity=400)
+    assert isinstance(decoder.exit, ExitConfig)
+    assert decoder.exit.active
+    inputs = prompts(tokenizer)
+    new = 24 if tree.nodes > 1 else 8
+    call = {"input_ids": inputs.input_ids, "attention_mask": inputs.attention_mask, "max_new_tokens": new, **options}
+    expected = decoder.generate(**call)
+    for op in OPS.values():
+        direct = op.reference if function == "reference" else op.implementation("cpu").function
+        monkeypatch.setattr(op, "_dispatch", direct)
+    watcher = Watcher(loop.decode_step, monkeypatch)
+    monkeypatch.setattr(loop, "decode_step", watcher)
+    out = decoder.generate(**call)
+    assert out.new_tokens == expected.new_tokens, "it is the real step that was watched"
+    steps = max(stats.steps for stats in out.stats)
+    assert len(watcher.logs) == steps > 4
+    assert any(stats.trace is not None and stats.trace.positions for stats in out.stats), "the signals were not read"
+    # The first step may lay out what the others use again; all others are one sequence of operations and shapes.
+    for log in watcher.logs[2:]:
+        assert log == watcher.logs[1]
+    assert len(watcher.addresses[0]) > 40
+    for addresses in watcher.addresses[2:]:
+        assert addresses == watcher.addresses[1]
+
+
+@pytest.mark.parametrize(
+    "wait",
+    [
+        lambda x: x.sum().item(),
+        lambda x: bool(x.any()),
+        lambda x: x[x > 0],
+        lambda x: x.nonzero(),
+        lambda x: x.masked_select(x > 0),
+        lambda x: x.unique(),
+        lambda x: torch.tensor([1, 2]),
+        lambda x: x.index_put((x > 0,), torch.zeros(())),
+        lambda x: torch.equal(x, x),
+        lambda x: x[: x.sum().long()],
+        lambda x: torch.repeat_interleave(x.long()),
+    ],
+    ids=["item", "bool", "mask", "nonzero", "masked_select", "unique", "tensor", "put", "equal", "slice", "repeat"],
+)
+def test_the_watch_sees_what_waits(wait: Callable[[Tensor], object]) -> None:
+    x = torch.ones(4)
+    with pytest.raises(AssertionError, match="waits for the device"), torch.inference_mode(), Watch():
+        wait(x)
