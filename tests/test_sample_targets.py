@@ -287,13 +287,13 @@ CASES = [
 
 
 def random_distribution(rng: torch.Generator, w: Warpers) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits of one row, and the exact probabilities of what the warpers leave of it."""
+    """Logits of one row that leaves a choice, and the exact probabilities of what the warpers keep of it."""
     while True:
         logits = torch.randn(VOCAB, generator=rng) * 2
         kept, z, clear = kept_by_hand(logits, w)
-        if clear:
-            weight = torch.zeros(VOCAB, dtype=torch.float64)
-            weight[kept] = torch.tensor([z[v] for v in kept], dtype=torch.float64).softmax(0)
+        weight = torch.zeros(VOCAB, dtype=torch.float64)
+        weight[kept] = torch.tensor([z[v] for v in kept], dtype=torch.float64).softmax(0)
+        if clear and weight.max() < 0.9:
             return logits, weight
 
 
