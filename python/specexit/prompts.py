@@ -48,6 +48,8 @@ def pack_prompts(input_ids: Tensor, attention_mask: Tensor | None, vocab_size: i
             )
         mask = attention_mask.to(input_ids.device) != 0
     lengths: list[int] = mask.sum(1).tolist()
+    if not lengths:
+        return Prompts(input_ids.int(), lengths)
     if 0 in lengths:
         raise ValueError(f"input_ids must hold at least one token a prompt, row {lengths.index(0)} was empty")
     first = mask.int().argmax(1, keepdim=True)
