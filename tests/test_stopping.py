@@ -220,8 +220,8 @@ def test_stop_strings(model: PreTrainedModel, rng: torch.Generator) -> None:
     stop = tokenizer.decode(new[0][4:6])
     options = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": VOCAB + 1}  # finished rows are padded
     expected = model.generate(ids, attention_mask=mask, stop_strings=[stop], tokenizer=tokenizer, **options)
-    assert expected[0, 6 + 5].item() == new[0][5]
-    assert expected[0, 6 + 6 :].any().item() is False
+    end = tokenizer.decode(new[0]).index(stop) + 2
+    assert expected[0, 6:].tolist() == new[0][:end] + [0] * (expected.shape[1] - 6 - end)
     criteria = StoppingCriteriaList([StopStringCriteria(tokenizer, [stop])])
     decoder = decoder_for(model, rows, new)
     for tree in TREES.values():
@@ -350,3 +350,33 @@ def test_cache_grows_over_several_buckets(rng: torch.Generator) -> None:
     out = decoder.generate(ids, mask, max_new_tokens=600, temperature=0.0)
     assert out.new_tokens == new
     assert max(len(set(text)) for text in new) > 20, "the text says too little"
+
+
+def test_a_criterion_before_the_cut_undoes_the_exit(model: PreTrainedModel, rng: torch.Generator) -> None:
+    """Whatever a step read past the token that the criterion stops at leaves no mark, as if decoded one by one."""
+    rows = prompts(rng, [6])
+    new = greedy(model, rows)
+    exit = ExitConfig(
+        confidence=1.0,  # never passes: only the budget cuts
+        thinking_budget=4,
+        hard_budget=True,
+        start_ids=(1,),
+        end_ids=(2,),
+        boundary_ids=(5,),
+        assume_thinking=True,
+    )
+    for stop in (2, 4, 5, 7):
+        found = []
+        for tree in TREES.values():
+            draft = OracleDraft([rows[0].tolist() + new[0]], accuracy=1.0, signals=lambda p, token: [p, 0.0, 1.0])
+            out = SpecExitDecoder(model, draft, exit=exit, tree=tree).generate(
+                rows[0][None],
+                max_new_tokens=NEW,
+                temperature=0.0,
+                stopping_criteria=StoppingCriteriaList([After(6 + stop)]),
+            )
+            stats = out.stats[0]
+            assert stats.trace is not None
+            found.append((out.new_tokens, stats.exit_position, stats.exit_reason, stats.trace.positions))
+            assert found[-1] == found[0]
+        assert (found[0][1] is None) == (stop < 5)
