@@ -14,6 +14,7 @@ from torch import Tensor
 
 from specexit_kernels import _checks
 from specexit_kernels._op import Op
+from specexit_kernels.grow_beam import rank
 
 
 def draft_topk_ref(
@@ -33,8 +34,7 @@ def draft_topk_ref(
     row = (norm_weight * x.to(hidden.dtype)).to(dtype)  # rounded where Llama's RMSNorm rounds
 
     logits = torch.nn.functional.linear(row, lm_head.to(dtype)).nan_to_num_(-math.inf, math.inf, -math.inf)
-    # topk leaves the order of ties open, a stable sort does not.
-    draft_ids = logits.argsort(dim=1, descending=True, stable=True)[:, :k]
+    draft_ids = rank(logits, k)
     # NaN: no finite logit in the row, or an infinite one.
     logprobs = logits.log_softmax(1).gather(1, draft_ids).nan_to_num_(-math.inf, neginf=-math.inf)
     tokens = draft_ids.int()

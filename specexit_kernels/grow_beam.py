@@ -17,13 +17,20 @@ from specexit_kernels import _checks
 from specexit_kernels._op import Op
 
 
+def rank(scores: Tensor, k: int) -> Tensor:
+    """Indices [B, k] int64 of the best k of scores [B, C] without NaN, by (score down, index up)."""
+    if k == 1:
+        return scores.argmax(1, keepdim=True)  # the first of equals
+    return scores.argsort(dim=1, descending=True, stable=True)[:, :k]  # topk leaves the order of ties open
+
+
 def grow_beam_ref(
     tokens: Tensor, logprobs: Tensor, scores: Tensor, beams: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The meaning of `grow_beam` in plain PyTorch: CPU path and test oracle."""
     score = scores.unsqueeze(2)
     candidates = torch.minimum(score + logprobs, score).nan_to_num_(-math.inf, math.inf, -math.inf).flatten(1)
-    best = candidates.argsort(dim=1, descending=True, stable=True)[:, :beams]  # topk leaves the order of ties open
+    best = rank(candidates, beams)
     return candidates, tokens.flatten(1).gather(1, best), best.int(), candidates.gather(1, best)
 
 

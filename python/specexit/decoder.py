@@ -311,4 +311,4 @@ class SpecExitDecoder:
 
 def default_tree(device: torch.device) -> TreeConfig:
     """On a GPU a forward over 60 nodes costs what one over 1 does; on a CPU every node costs, so a chain pays best."""
-    return TreeConfig() if device.type == "cuda" else TreeConfig.chain(6)
+    return TreeConfig() if device.type == "cuda" else TreeConfig.chain(10)

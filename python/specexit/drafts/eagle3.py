@@ -196,6 +196,7 @@ class Eagle3Draft(nn.Module):
         tokens, all_scores = [beam], [scores]
         beams: list[Tensor] = []
         hidden = hidden.unsqueeze(1).expand(-1, k, -1).flatten(0, 1)
+        masks = w.chain_masks(lengths)
         for level, rows in enumerate(w.level_rows(lengths)):
             own = w.own_bits[level]
             if level == 0 or k == 1:
@@ -204,13 +205,16 @@ class Eagle3Draft(nn.Module):
                 parent = w.parent_rows(beams[-1])
                 hidden = hidden.index_select(0, parent)
                 visible = visible.flatten(0, 1).index_select(0, parent).view_as(own) | own
-            hidden = self._layer(beam.flatten(), hidden, rows, visible)
+            hidden = self._layer(beam.flatten(), hidden, rows, visible, masks[level])
             children, logprobs, _ = self._top(hidden, k)
-            grown, beam, chosen, scores = grow_beam(children.view(B, k, k), logprobs.view(B, k, k), scores, k)
+            if k == 1:  # a chain has nothing to choose: the child is the beam, scored as `grow_beam` does
+                beam = children
+                grown = scores = torch.minimum(scores + logprobs, scores)
+            else:
+                grown, beam, chosen, scores = grow_beam(children.view(B, k, k), logprobs.view(B, k, k), scores, k)
+                beams.append(chosen)
             tokens.append(children.view(B, k * k))
             all_scores.append(grown)
-            if k > 1:
-                beams.append(chosen)
         return Candidates(torch.cat(tokens, 1), torch.cat(all_scores, 1), w.parents(beams[:-1]))
 
     def _project(self, features: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -228,10 +232,13 @@ class Eagle3Draft(nn.Module):
         normed = F.rms_norm(pair, pair.shape[-1:], None, self.config.rms_norm_eps) * self.input_norms
         return normed.flatten(1), normed[:, 1] if self.config.norm_before_residual else feature
 
-    def _layer(self, tokens: Tensor, feature: Tensor, rows: Rows, visible: Tensor) -> Tensor:
+    def _layer(
+        self, tokens: Tensor, feature: Tensor, rows: Rows, visible: Tensor, mask: Tensor | None = None
+    ) -> Tensor:
         """One pass over N = B * Q rows: the layer's output before the norm [N, H]; their keys and values are stored.
 
         visible   [B, Q, W] int64: the scratch slots, behind the committed rows, that each row sees
+        mask      None, or the same for all slots as `tree_attention` takes it
         """
         w, config = self._allocated(), self.config
         heads = config.num_attention_heads
@@ -247,6 +254,7 @@ class Eagle3Draft(nn.Module):
             rows.positions,
             visible,
             scale=config.head_dim**-0.5,
+            mask=mask,
         )
         hidden = residual + F.linear(attended.view(len(tokens), -1), self.o_weight, self.o_bias)
         normed = F.rms_norm(hidden, hidden.shape[-1:], self.mlp_norm, config.rms_norm_eps)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -11,6 +12,7 @@ from specexit.config import TreeConfig
 from specexit.drafts.eagle3_config import Eagle3Config
 from specexit.drafts.rope import rope_table
 from specexit_kernels import bits
+from specexit_kernels.tree_attention import slot_mask
 
 
 class Rows(NamedTuple):
@@ -116,6 +118,16 @@ class Workspace:
         rope_rows, slots = where.long().unbind(0)
         rope = self.rope[rope_rows]
         return [Rows(positions[i], slots[i], rope[i], lengths) for i in range(self.levels)]
+
+    def chain_masks(self, lengths: Tensor) -> Sequence[Tensor | None]:
+        """The masks of all levels of a chain, each [B, 1, slots]: they are known beforehand, and a CPU makes them in
+        one go. None for the levels of a tree, and for the kernels of a GPU, which read the bits."""
+        if self.k > 1 or not self.levels or lengths.is_cuda:
+            return [None] * self.levels
+        visible = self.own_bits.squeeze(2).transpose(0, 1)  # [B, levels, W]
+        positions = lengths.unsqueeze(1).expand(-1, self.levels)
+        mask = slot_mask(lengths, positions, visible, self.keys.shape[2], dtype=torch.promote_types(self.keys.dtype, torch.float32))
+        return mask.split(1, 1)
 
     def parent_rows(self, chosen: Tensor) -> Tensor:
         """Candidates [B, k] of a level, each among its row's k * k -> rows [B * k] of the beam that they grew from."""
