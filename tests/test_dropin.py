@@ -103,18 +103,19 @@ def test_seed_exit_and_tree_pass_through_generate(model: PreTrainedModel, rng: t
     again = decoder.generate(rows[0][None], max_new_tokens=NEW, temperature=1.0, seed=3)
     assert torch.equal(out.sequences, again.sequences)
     assert out.stats[0].steps == NEW
+    end = next(token for token in range(3, VOCAB) if token not in texts(model, rows)[0])
     budget = ExitConfig(
         enabled=False,
         thinking_budget=3,
         hard_budget=True,
         start_ids=(1,),
-        end_ids=(2,),
+        end_ids=(end,),
         boundary_ids=(5,),
         assume_thinking=True,
     )
     out = model.generate(rows[0][None], exit=budget, **{**options, "do_sample": False})
     assert out.stats[0].exit_reason == "budget"
-    assert out.sequences[0, 7 + 3] == 2
+    assert out.sequences[0, 7 + 3] == end
 
 
 def test_several_samples_of_a_prompt(model: PreTrainedModel, rng: torch.Generator) -> None:
@@ -138,7 +139,7 @@ def test_model_is_left_as_it_was(model: PreTrainedModel, rng: torch.Generator) -
     criteria = StoppingCriteriaList([Raising()])
     for run in (
         lambda: decoder.generate(rows[0][None], max_new_tokens=NEW, stopping_criteria=criteria),
-        lambda: model.generate(rows[0][None], stopping_criteria=criteria, custom_generate=decoder),
+        lambda: model.generate(rows[0][None], max_new_tokens=NEW, stopping_criteria=criteria, custom_generate=decoder),
     ):
         with pytest.raises(RuntimeError, match="criterion failed"):
             run()

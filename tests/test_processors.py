@@ -213,19 +213,20 @@ def test_warpers_in_an_odd_order_are_run_in_it(model: PreTrainedModel, rng: torc
 def test_forced_ids_are_not_asked_for(model: PreTrainedModel, rng: torch.Generator) -> None:
     rows = prompts(rng, [5])
     new = model.generate(rows[0][None], max_new_tokens=NEW, do_sample=False)[0, 5:].tolist()
-    force = (2, 17, 21, 23, 2, 19)  # longer than a step
+    end = next(token for token in range(3, VOCAB) if token not in new)
+    force = (end, 17, 21, 23, end, 19)  # longer than a step
+    text = rows[0].tolist() + new[:4] + list(force)
+    after = model.generate(torch.tensor([text]), max_new_tokens=NEW - 10, do_sample=False)[0, len(text) :].tolist()
     budget = ExitConfig(
         enabled=False,
         thinking_budget=4,
         hard_budget=True,
-        start_ids=(1,),
-        end_ids=(2,),
+        start_ids=(next(token for token in range(3, VOCAB) if token not in text + new + after),),
+        end_ids=(end,),
         force_ids=force,
         boundary_ids=(5,),
         assume_thinking=True,
     )
-    text = rows[0].tolist() + new[:4] + list(force)
-    after = model.generate(torch.tensor([text]), max_new_tokens=NEW - 10, do_sample=False)[0, len(text) :].tolist()
     for label, tree in TREES.items():
         seen = Recorder()
         decoder = SpecExitDecoder(model, oracle(rows, [new]), exit=budget, tree=tree)

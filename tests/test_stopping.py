@@ -356,12 +356,13 @@ def test_a_criterion_before_the_cut_undoes_the_exit(model: PreTrainedModel, rng:
     """Whatever a step read past the token that the criterion stops at leaves no mark, as if decoded one by one."""
     rows = prompts(rng, [6])
     new = greedy(model, rows)
+    end = next(token for token in range(3, VOCAB) if token not in new[0])
     exit = ExitConfig(
         confidence=1.0,  # never passes: only the budget cuts
         thinking_budget=4,
         hard_budget=True,
         start_ids=(1,),
-        end_ids=(2,),
+        end_ids=(end,),
         boundary_ids=(5,),
         assume_thinking=True,
     )
