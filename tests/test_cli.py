@@ -166,7 +166,10 @@ def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "Exit after" in out
     assert "The answer is" in out
     assert "Not generated" in out
-    assert "2 problems" in err
+    assert err.splitlines() == [
+        "test problems: 2, in three modes; batch size: 2; device: cpu",
+        f"picture: {picture}",
+    ]
     assert picture.read_bytes().startswith(b"\x89PNG")
 
     report = json.loads(results.read_text())

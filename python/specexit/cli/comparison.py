@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from specexit import ExitConfig, SpecExitDecoder
 from specexit.bundled import Problem, bundled_pair
-from specexit.cli.loading import draft_rule, load_decoder, watching
+from specexit.cli.loading import draft_rule, load_bundled, watching
 from specexit.output import GenerateOutput, RowStats
 from specexit.thinking import count_thinking_tokens
 
@@ -127,9 +127,8 @@ class Comparison:
     @classmethod
     def of_bundled_pair(cls, device: str | None = None) -> Comparison:
         """Over the bundled pair in float32, with the exit rule that was calibrated for it."""
-        pair = bundled_pair()
-        decoder = load_decoder(pair.base, pair.draft, device, dtype=torch.float32)
-        model = AutoModelForCausalLM.from_pretrained(pair.base, dtype=torch.float32).to(decoder.device).eval()
+        decoder = load_bundled(device, dtype=torch.float32)
+        model = AutoModelForCausalLM.from_pretrained(bundled_pair().base, dtype=torch.float32).to(decoder.device).eval()
         return cls(model, decoder, draft_rule(decoder))
 
     def warm_up(self, problems: Sequence[Problem]) -> None:

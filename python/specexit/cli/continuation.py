@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from specexit import ExitConfig, SpecExitDecoder, TreeConfig, bundled_pair
+from specexit import ExitConfig, SpecExitDecoder, TreeConfig
 from specexit.cli.console import note, stdout
 from specexit.cli.example import thresholds_of
 from specexit.cli.generate import Request
-from specexit.cli.loading import draft_rule, load_decoder, watching
+from specexit.cli.loading import draft_rule, load_bundled, load_decoder, watching
 from specexit.cli.report import why_exit
 from specexit.cli.stream import ThinkingStreamer
 from specexit.exit import SIGNALS
@@ -127,8 +127,7 @@ def load(request: Request) -> SpecExitDecoder:
     if request.model is not None:
         require_model(request.model)
         return load_decoder(request.model, request.draft, quiet=not sys.stderr.isatty(), **options)
-    pair = bundled_pair()
-    return load_decoder(pair.base, request.draft or pair.draft, **options)
+    return load_bundled(options.pop("device", None), request.draft, **options)
 
 
 def require_model(name: str) -> None:

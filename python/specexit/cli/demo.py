@@ -42,8 +42,9 @@ def demo(
     """Solve bundled problems three ways and compare: accuracy, thinking tokens, speed.
 
     The modes are transformers' own `generate`, lossless speculation, and speculation that ends the thinking when
-    the draft's exit signals say that the answer is known. All are greedy, in float32, in one process with the same
-    threads; each is warmed up first, and they take turns on every batch. No network is needed.
+    the draft's exit signals say that the answer is known. All are greedy, in float32, in one process; each is warmed
+    up first, and they take turns on every batch. No network is needed. On a CPU one thread computes: more do not help
+    so small a model; OMP_NUM_THREADS sets another number.
 
     In the JSON, accuracy is a fraction; thinking_tokens, new_tokens, steps and seconds are totals over the problems,
     and a step is one forward of the base for one problem. identical_text says whether speculation left every token as
@@ -68,7 +69,7 @@ def demo(
         raise ValueError(f"--problems must be at most {len(everything)}, was {problems}")
     chosen = everything[:problems]
     comparison = Comparison.of_bundled_pair(device)
-    note(f"{problems} problems in three modes, batches of {batch_size}, on {comparison.decoder.device}")
+    note(f"test problems: {problems}, in three modes; batch size: {batch_size}; device: {comparison.decoder.device}")
     _solve_all(comparison, chosen, batch_size)
 
     mismatches = comparison.mismatches()
@@ -91,7 +92,8 @@ def demo(
 
 
 def _solve_all(comparison: Comparison, problems: Sequence[Problem], batch_size: int) -> None:
-    with Progress(*_COLUMNS, console=stderr(), transient=True) as progress:
+    console = stderr()
+    with Progress(*_COLUMNS, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("warming up", total=len(problems))
         comparison.warm_up(problems[:batch_size])
         progress.update(task, description="solving")

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from typing import Any
 
 import torch
 from transformers.utils import logging
 
-from specexit import ExitConfig, SpecExitDecoder
+from specexit import ExitConfig, SpecExitDecoder, bundled_pair
 from specexit_kernels.state import NO_BUDGET
 
 
@@ -34,6 +35,19 @@ def load_decoder(
     if quiet:
         logging.disable_progress_bar()
     return SpecExitDecoder.from_pretrained(base, draft, device=find_device(device), **options)
+
+
+def load_bundled(device: str | None, draft: Any = None, **options: Any) -> SpecExitDecoder:
+    """A decoder over the bundled pair, or its base with another draft.
+
+    Its layers are so small that a second CPU thread saves no time, and where other programs keep the cores busy the
+    threads wait for each other: 100 tokens then take half a minute instead of a second. So one thread computes, unless
+    OMP_NUM_THREADS says otherwise.
+    """
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)
+    pair = bundled_pair()
+    return load_decoder(pair.base, draft or pair.draft, device, **options)
 
 
 def draft_rule(decoder: SpecExitDecoder) -> ExitConfig:

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from specexit.cli.report import passes
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -112,14 +114,14 @@ def _draw_panel(axes: Axes, curves: SignalCurves, index: int, name: str) -> None
         value = smoothed[boundary]
         if not math.isfinite(value):
             continue
-        passes = threshold is not None and (value < threshold if below else value > threshold)
+        passed = threshold is not None and passes(name, value, threshold)
         axes.plot(
             x[boundary],
             value,
             marker="o",
             markersize=5,
             color=_PASS,
-            markerfacecolor=_PASS if passes else "white",
+            markerfacecolor=_PASS if passed else "white",
             alpha=1.0 if boundary < cut else 0.3,
             zorder=3,
         )

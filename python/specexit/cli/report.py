@@ -88,7 +88,7 @@ def print_example(example: Example, console: Console) -> None:
 
 
 def why_exit(reason: str, signals: Mapping[str, float], thresholds: Mapping[str, float]) -> str:
-    """ "confidence 0.93 > 0.5, progress 0.99 > 0.98, remaining 1.7 < 3", or that a budget was spent."""
+    """The signals beside their thresholds: confidence 0.931 > 0.5, remaining 1.70 < 3; or that a budget is spent."""
     if reason == "budget":
         return "the thinking budget is spent"
     return ", ".join(
