@@ -64,7 +64,7 @@ def draw_signals(curves: SignalCurves, image_format: str = "png") -> bytes:
     for index, (axes, name) in enumerate(zip(panels, curves.names, strict=True)):
         _draw_panel(axes, curves, index, name)
     if curves.exit is not None:
-        _label_exit(panels[0], curves)
+        _label_exit(panels[0], curves.thinking_tokens[curves.exit], curves.thinking_tokens[-1])
     panels[-1].set_xlabel("thinking tokens generated")
     if curves.thinking_tokens:
         panels[-1].set_xlim(0, 1.01 * curves.thinking_tokens[-1])
@@ -130,9 +130,7 @@ def _draw_panel(axes: Axes, curves: SignalCurves, index: int, name: str) -> None
         axes.axvspan(x[curves.exit], 1.01 * x[-1], color=_EXIT, alpha=0.06, linewidth=0)
 
 
-def _label_exit(axes: Axes, curves: SignalCurves) -> None:
-    assert curves.exit is not None
-    x, last = curves.thinking_tokens[curves.exit], curves.thinking_tokens[-1]
+def _label_exit(axes: Axes, x: int, last: int) -> None:
     axes.annotate(
         f"exit after {x} tokens",
         (x, 1.0),
