@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from tolerances import assert_close
 from torch import Generator, Tensor
 
 from specexit_kernels import DecodeState, ExitRules, Smoothing, Tree, accept, build_tree
@@ -264,3 +265,15 @@ def tensors(value: Any) -> list[Tensor]:
     if isinstance(value, dict):
         value = list(value.values())
     return [tensor for item in value for tensor in tensors(item)] if isinstance(value, (list, tuple)) else []
+
+
+def assert_same(actual: Any, expected: Any) -> None:
+    """Integers are equal; floats are within the tolerance of the coarsest dtype among results and arguments."""
+    floats = [t.dtype for t in tensors(expected) if t.is_floating_point()]
+    coarsest = max(floats, key=lambda dtype: torch.finfo(dtype).eps, default=None)
+    for a, e in zip(tensors(actual), tensors(expected), strict=True):
+        assert (a.dtype, a.shape) == (e.dtype, e.shape)
+        if e.is_floating_point():
+            assert_close(a.cpu(), e, coarsest)
+        else:
+            assert torch.equal(a.cpu(), e)
