@@ -1,7 +1,8 @@
 """How an operator is declared: a schema, its PyTorch twin, a fake, and the kernels that may stand in for the twin.
 
 Each op module makes one `Op`. The twin is the meaning of the op; it serves the CPU, unless the op names something
-faster there, and CUDA until a kernel is registered. `torch.library` carries the op through `torch.compile`, `opcheck` and the fake tensors.
+faster there, and CUDA until a kernel is registered. `torch.library` carries the op through `torch.compile`, `opcheck`
+and the fake tensors.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ KERNELS = ("cuda", "triton")  # best first; the twin, "torch", is the fallback a
 
 @dataclass(frozen=True)
 class Implementation:
-    """One way to compute an op: its name ("torch", "sdpa", "triton", "cuda"), the function, and why it cannot run if so."""
+    """One way to compute an op: its name ("torch", "sdpa", "triton", "cuda"), the function, why it cannot run if so."""
 
     name: str
     function: Callable[..., Any]

@@ -38,8 +38,7 @@ class OracleDraft:
         self.vocab = vocab
         self.generator = torch.Generator().manual_seed(len(texts))
         self.read_rows: list[dict[int, int]] = []
-
-    calibration: dict[str, object] = {}
+        self.calibration: dict[str, object] = {}
 
     def select_source(self, source: str | None) -> None:
         self.n_signals = len(self.signals(0, 0)) if self.signals and source is not None else 0

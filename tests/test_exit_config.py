@@ -229,9 +229,7 @@ def test_markers_without_a_tokenizer_or_in_one_without_markers() -> None:
     assert markers_for(ExitConfig(start_ids=[1], end_ids=[2]), tokenizer("\n\n")).boundary != ()
     assert markers_for(ExitConfig.off(), None) == Markers((), (), (), ())
     assert markers_for(ExitConfig.off(), tokenizer()) == Markers((), (), (), ())
-    with pytest.raises(
-        ValueError, match="tokenizer must be given for an exit, was None; or give start_ids"
-    ):
+    with pytest.raises(ValueError, match="tokenizer must be given for an exit, was None; or give start_ids"):
         markers_for(ExitConfig(end_ids=[2]), None)
     with pytest.raises(ValueError, match="give start_ids and end_ids in ExitConfig"):
         markers_for(ExitConfig(), tokenizer("\n\n"))

@@ -26,9 +26,7 @@ def test_text_does_not_depend_on_tree_or_batch(name: str, options: dict[str, flo
     ids, mask = pad(rows, "left")
     seeds = torch.randint(2**62, (len(rows),), generator=rng).tolist()
     plain = SpecExitDecoder(model, exit=ExitConfig.off())
-    expected = plain.generate(
-        ids, mask, max_new_tokens=NEW, seed=seeds, tree=TreeConfig.none(), **options
-    ).new_tokens
+    expected = plain.generate(ids, mask, max_new_tokens=NEW, seed=seeds, tree=TreeConfig.none(), **options).new_tokens
     texts = [row.tolist() + new for row, new in zip(rows, expected, strict=True)]
     decoder = SpecExitDecoder(model, OracleDraft(texts), exit=ExitConfig.off())
     deepest = 0

@@ -18,7 +18,14 @@ from specexit.sampling import SamplingConfig, row_seeds
 
 @pytest.mark.parametrize(
     ("option", "value"),
-    [("temperature", -0.1), ("temperature", float("inf")), ("top_k", -1), ("top_p", 0.0), ("top_p", 1.1), ("min_p", 2.0)],
+    [
+        ("temperature", -0.1),
+        ("temperature", float("inf")),
+        ("top_k", -1),
+        ("top_p", 0.0),
+        ("top_p", 1.1),
+        ("min_p", 2.0),
+    ],
 )
 def test_values_out_of_range(option: str, value: float) -> None:
     with pytest.raises(ValueError, match=rf"{option} must be .*, was {value}"):

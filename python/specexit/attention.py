@@ -78,7 +78,7 @@ def specexit_attention(
     specexit: TreeContext | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """transformers' attention signature: query [B, Hq, T, hd], key and value [B, Hkv, slots, hd] -> [B, T, Hq, hd_v]."""
+    """transformers' signature: query [B, Hq, T, hd], key and value [B, Hkv, slots, hd] -> [B, T, Hq, hd_v]."""
     if specexit is None:
         if softcap is not None or s_aux is not None:
             raise RuntimeError("a forward without SpecExit's context has no softcap or sinks under this attention")

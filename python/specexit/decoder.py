@@ -227,8 +227,8 @@ class SpecExitDecoder:
             input_ids, mask, logits_processor, stopping_criteria, generation_config, seed, None, exit, tree
         )
         if generation_config.return_dict_in_generate:
-            output = GenerateDecoderOnlyOutput(sequences=result.sequences)  # type: ignore[arg-type]
-            output.stats = result.stats  # type: ignore[attr-defined]
+            output = GenerateDecoderOnlyOutput(sequences=result.sequences)
+            output.stats = result.stats
             return output
         return result.sequences
 

@@ -31,7 +31,7 @@ def check_generation_config(config: GenerationConfig) -> None:
 def split_criteria(
     criteria: StoppingCriteriaList, config: GenerationConfig
 ) -> tuple[list[int], int, StoppingCriteriaList]:
-    """Stop ids and the maximal length (padding included), which the device checks, and the criteria that need Python."""
+    """Stop ids and the maximal length (padding included), which the device checks, and the criteria in Python."""
     stops = set(ids_of(config.eos_token_id))
     longest = int(config.max_length or 0)
     rest = StoppingCriteriaList()

@@ -98,10 +98,9 @@ def allocate(base: BaseModel, draft: Draft | None, config: TreeConfig, request: 
     cache = base.new_cache(state.lengths, slots)
     if draft is not None:
         draft.allocate(batch, slots, config, device, base.dtype)
-    tree = Tree(
-        *(torch.zeros(batch, config.nodes, dtype=torch.int32, device=device) for _ in range(3)),
-        torch.zeros(batch, config.nodes, bits.words(config.nodes), dtype=torch.int64, device=device),
-    )
+    tokens, parent, depth = (torch.zeros(batch, config.nodes, dtype=torch.int32, device=device) for _ in range(3))
+    visible = torch.zeros(batch, config.nodes, bits.words(config.nodes), dtype=torch.int64, device=device)
+    tree = Tree(tokens, parent, depth, visible)
     return Buffers(
         tree=tree,
         state=state,
@@ -163,7 +162,7 @@ def offer(tokens: Sequence[int], index: int, request: Request, row: RowStats) ->
             request.streamer.put(torch.tensor([token]))
         if request.criteria:
             ids = torch.tensor([prefix], dtype=torch.int64, device=request.prompts.tokens.device)
-            if bool(request.criteria(ids, None).all()):  # type: ignore[arg-type]
+            if bool(request.criteria(ids, None).all()):
                 row.finish_reason = "criteria"
                 break
     return kept

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -91,7 +92,8 @@ class ExitPlanner:
         there are no signals, or no tokenizer that knows the markers of thinking."""
         if self.draft is None or self.tokenizer is None or self.draft.n_signals == 0:
             return ExitConfig.off()
-        config = ExitConfig(**dict.fromkeys(SIGNALS[self.draft.n_signals :]))
+        absent: dict[str, Any] = dict.fromkeys(SIGNALS[self.draft.n_signals :])
+        config = ExitConfig(**absent)
         if self.draft.calibration:
             config = ExitConfig.from_draft(self.draft.calibration)
         try:

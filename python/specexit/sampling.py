@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -80,7 +81,7 @@ class Sampler:
     def __init__(self, config: SamplingConfig, seeds: Sequence[int], device: torch.device) -> None:
         self.config = config
         self.seeds = torch.tensor(seeds, dtype=torch.int64, device=device)
-        self._laid_out: dict[int, dict[str, Tensor | None]] = {}  # by nodes a row: the same tensors in every step
+        self._laid_out: dict[int, dict[str, Any]] = {}  # by nodes a row: the same tensors in every step
 
     def __call__(self, logits: Tensor, tree: Tree, state: DecodeState) -> Tensor:
         """logits [B, T, V] -> targets [B, T] int32: the token after each node, by the base alone."""
@@ -97,7 +98,7 @@ class Sampler:
         at = torch.tensor([position], dtype=torch.int32, device=logits.device)
         return sample_targets(logits, at, **self._arguments(self.seeds[row : row + 1]))
 
-    def _arguments(self, seeds: Tensor) -> dict[str, Tensor | None]:
+    def _arguments(self, seeds: Tensor) -> dict[str, Any]:
         """What `sample_targets` takes besides logits and positions, for nodes with these seeds [N]."""
         config = self.config
 

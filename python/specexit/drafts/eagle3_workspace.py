@@ -126,7 +126,9 @@ class Workspace:
             return [None] * self.levels
         visible = self.own_bits.squeeze(2).transpose(0, 1)  # [B, levels, W]
         positions = lengths.unsqueeze(1).expand(-1, self.levels)
-        mask = slot_mask(lengths, positions, visible, self.keys.shape[2], dtype=torch.promote_types(self.keys.dtype, torch.float32))
+        mask = slot_mask(
+            lengths, positions, visible, self.keys.shape[2], dtype=torch.promote_types(self.keys.dtype, torch.float32)
+        )
         return mask.split(1, 1)
 
     def parent_rows(self, chosen: Tensor) -> Tensor:
