@@ -4,6 +4,7 @@ Where nvcc is found, CMake builds `specexit_kernels._C` and a failure is an erro
 installs without the module, and every op runs on Triton or PyTorch. Environment:
 
     SPECEXIT_CUDA   0: do not build the module; 1: fail where there is no nvcc; not set: build it where nvcc is found
+                    (a module that was built in this folder before stays in an editable installation: `make clean`)
     CUDACXX         the nvcc to use; otherwise $CUDA_HOME/bin, PATH and /usr/local/cuda/bin are searched
     CUDAARCHS       architectures as CMake names them, "80-real;90a-real"; the default is in CMakeLists.txt
     CMAKE_ARGS      more arguments for CMake
