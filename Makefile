@@ -5,6 +5,7 @@
 #   make test        lint, and the tests that take a minute or two
 #   make test-full   every test
 #   make lint        ruff and mypy
+#   make bench       a decode step, part by part, on this machine
 #   make gpu         on a machine with an NVIDIA GPU: build, test, try; PARTS=build,tests,demo (benchmarks/README.md)
 #   make clean       remove what was built, and the virtual environment
 
@@ -16,7 +17,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 PYTEST := $(BIN)/python -P -m pytest --numprocesses auto --maxprocesses 4
 INSTALLED := $(VENV)/.installed
 
-.PHONY: run test test-full lint gpu clean
+.PHONY: run test test-full lint bench gpu clean
 .DELETE_ON_ERROR:
 
 run: $(INSTALLED)
@@ -34,6 +35,9 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+
+bench: $(INSTALLED)
+	$(BIN)/python benchmarks/bench_step.py
 
 # The system's Python, which has torch for this GPU already; nothing is installed or downloaded.
 gpu:
