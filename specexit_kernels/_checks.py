@@ -57,7 +57,7 @@ def _shape(shape: Sequence[str | int], sizes: Mapping[str, int]) -> str:
 
 def unit_stride(name: str, value: Tensor) -> None:
     """The last axis must be dense: kernels load it in vectors, and nothing is copied silently."""
-    if value.dim() and value.shape[-1] > 1 and value.stride(-1) != 1:
+    if value.stride(-1) != 1 and value.shape[-1] > 1:
         raise ValueError(f"{name} must have stride 1 in its last axis, was {value.stride(-1)}; call .contiguous()")
 
 
