@@ -7,9 +7,11 @@ import torch
 import transformers
 from oracle_draft import OracleDraft
 from tiny_models import VOCAB, tiny_model
+from tolerances import assert_close
 from transformers import PreTrainedModel
 
 from specexit import ExitConfig, SpecExitDecoder, TreeConfig
+from specexit.attention import chain_context
 from specexit.base import BaseModel, check_supported
 
 SMALL = {
@@ -177,6 +179,23 @@ def test_feature_layers_by_default() -> None:
     assert BaseModel(model, None).feature_size == 3 * 64
     with pytest.raises(ValueError, match=r"feature_layers must be layers of the base \(0 to 1\), was \(2, 1, -1\)"):
         BaseModel(small("Llama", num_hidden_layers=2), None)  # too shallow for EAGLE-3's choice
+
+
+def test_features_are_in_the_order_of_their_layers(rng: torch.Generator) -> None:
+    model = tiny_model("llama")
+    tokens = torch.randint(3, VOCAB, (1, 5), generator=rng)
+    inputs = model(tokens, output_hidden_states=True).hidden_states  # the input of each layer
+    base = BaseModel(model, (4, 1, 4))
+    lengths = torch.zeros(1, dtype=torch.int32)
+    with torch.no_grad(), base.attached():
+        _, features = base.forward(tokens, chain_context(lengths, 5), base.new_cache(lengths, 8))
+    assert_close(features, torch.cat([inputs[index] for index in (4, 1, 4)], -1).detach(), torch.float32)
+
+
+def test_loaded_base_stays_as_it_is() -> None:
+    for option in ({"dtype": torch.bfloat16}, {"device": "cpu"}):
+        with pytest.raises(ValueError, match="dtype and device must be None for a base that is loaded"):
+            SpecExitDecoder.from_pretrained(tiny_model("llama"), **option)
 
 
 def test_draft_of_another_base() -> None:

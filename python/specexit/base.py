@@ -10,6 +10,7 @@ import copy
 import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -42,7 +43,7 @@ class BaseModel:
                 raise ValueError(
                     f"feature_layers must be layers of the base (0 to {count - 1}), was {self.feature_layers}"
                 )
-        self._features: list[Tensor] = []
+        self._features: dict[int, Tensor] = {}  # by layer, of the last forward
         self._can_leave_logits_out = "logits_to_keep" in inspect.signature(model.forward).parameters
 
     @property
@@ -83,8 +84,8 @@ class BaseModel:
         attention.register()
         with evaluation_mode(self.model), attention_implementation(self.model, attention.NAME):
             handles = [
-                self.layers[index].register_forward_pre_hook(self._read_feature, with_kwargs=True)
-                for index in self.feature_layers
+                self.layers[index].register_forward_pre_hook(partial(self._read_feature, index), with_kwargs=True)
+                for index in set(self.feature_layers)
             ]
             try:
                 yield
@@ -99,7 +100,7 @@ class BaseModel:
 
         tokens    [B, T] int32
         logits    [B, T, V]; with `last_logits` only the last node's, where the model can leave the others out
-        features  [B, T, n H]: the inputs of the n feature layers side by side, n may be 0
+        features  [B, T, n H]: the inputs of the n feature layers side by side, in their order; n may be 0
         """
         self._features.clear()
         cache.begin()
@@ -114,12 +115,11 @@ class BaseModel:
             **options,
         )
         # Taken now: a logits processor may run the model again.
-        features = torch.cat(self._features, -1) if self._features else output.logits[..., :0]
-        return output.logits, features
+        features = [self._features[index] for index in self.feature_layers]  # a layer may be named twice
+        return output.logits, torch.cat(features, -1) if features else output.logits[..., :0]
 
-    def _read_feature(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        # A list, not a dict: in a shallow model two feature layers can be the same layer.
-        self._features.append(args[0] if args else kwargs["hidden_states"])
+    def _read_feature(self, index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._features[index] = args[0] if args else kwargs["hidden_states"]
 
 
 @contextmanager

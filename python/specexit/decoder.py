@@ -95,12 +95,15 @@ class SpecExitDecoder:
     ) -> SpecExitDecoder:
         """Load base and draft from paths, hub ids or modules.
 
-        dtype         None: as the checkpoint stores it on a GPU, float32 on a CPU (where bfloat16 is slow)
-        device        None: the GPU if there is one
+        dtype         of a base that is loaded here; None: as the checkpoint stores it on a GPU, float32 on a CPU (where
+                      bfloat16 is slow)
+        device        where it goes; None: the GPU if there is one
         allow_pickle  accept a draft that is not stored as safetensors
         options       those of the constructor: tree, exit, capacity
         """
         if isinstance(base, PreTrainedModel):
+            if dtype is not None or device is not None:
+                raise ValueError("dtype and device must be None for a base that is loaded: it stays as it is")
             model = base
         else:
             place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -143,7 +146,7 @@ class SpecExitDecoder:
     ) -> GenerateOutput:
         """Continue the prompts; what is not given comes from the model's `generation_config`, as in `model.generate`.
 
-        input_ids          [B, P] integers, padded on either side where `attention_mask` [B, P] is 0
+        input_ids          [B, P] integers on any device, padded on either side where `attention_mask` [B, P] is 0
         temperature        0 is greedy; a positive one samples
         seed               of the sampling: an int (rows get seeds derived from it), one a row, or None for a fresh one
         logits_processor   run along the accepted path, on the host, one row at a time
@@ -196,7 +199,7 @@ class SpecExitDecoder:
             return results[0].sequences
 
         pad = pad_id(self.model.generation_config)
-        ids, mask = left_padded(prompts, pad)
+        ids, mask = (tensor.to(self.device) for tensor in left_padded(prompts, pad))
         given = {name: value for name, value in options.items() if value is not None}
         self.model.generate(input_ids=ids, attention_mask=mask, custom_generate=run, **given)
         result = results[0]
@@ -251,7 +254,7 @@ class SpecExitDecoder:
         if streamer is not None and input_ids.shape[0] > 1:
             raise ValueError(f"streamer must be given one prompt, was given {input_ids.shape[0]}")
         tree = tree or self.tree
-        prompts = pack_prompts(input_ids, attention_mask, self.base.vocab_size)
+        prompts = pack_prompts(input_ids.to(self.device), attention_mask, self.base.vocab_size)
         stop_ids, longest, others = split_criteria(criteria, config)
         wanted = [length + longest - input_ids.shape[1] for length in prompts.lengths]
         limits = self._limits(prompts.lengths, wanted, tree)
@@ -311,4 +314,4 @@ class SpecExitDecoder:
 
 def default_tree(device: torch.device) -> TreeConfig:
     """On a GPU a forward over 60 nodes costs what one over 1 does; on a CPU every node costs, so a chain pays best."""
-    return TreeConfig() if device.type == "cuda" else TreeConfig.chain(10)
+    return TreeConfig() if device.type == "cuda" else TreeConfig.chain(8)
