@@ -7,10 +7,12 @@ import math
 
 import pytest
 import torch
+from oracle_draft import OracleDraft
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from specexit.exit import ExitConfig, markers_for, rules_for
+from specexit.plan import ExitPlanner
 from specexit.thinking import Markers
 from specexit_kernels import Smoothing
 from specexit_kernels.state import NO_BUDGET
@@ -221,6 +223,16 @@ def test_markers_of_tokenizer_and_settings() -> None:
     assert markers_for(ExitConfig(granularity="step"), known) == Markers((start,), (end,), (end,), (ids["\n\n"],))
     assert markers_for(ExitConfig.release(), known) == Markers((), (end,), (end,), (ids["\n\n"],))
     assert markers_for(ExitConfig.off(), known) == Markers((start,), (end,), (end,), ())
+
+
+def test_default_rule_is_the_calibrated_one_or_that_of_the_signals() -> None:
+    known, draft = tokenizer("<think>", "</think>", "\n\n"), OracleDraft([[3]], signals=lambda position, token: [0.0])
+    assert ExitPlanner(draft, known, V).default() == ExitConfig(progress=None, remaining=None)
+    draft.calibration = {"meaning": "of each signal"}  # says something, but holds no rule
+    assert ExitPlanner(draft, known, V).default() == ExitConfig(progress=None, remaining=None)
+    draft.calibration = {"thresholds_from_calibration": {"no_loss": {"conf": 0.6}}}
+    assert ExitPlanner(draft, known, V).default() == ExitConfig.from_draft(draft.calibration)
+    assert ExitPlanner(draft, None, V).default() == ExitConfig.off()
 
 
 def test_markers_without_a_tokenizer_or_in_one_without_markers() -> None:

@@ -12,7 +12,8 @@ from transformers.generation.streamers import BaseStreamer
 from specexit.base import BaseModel
 from specexit.config import TreeConfig
 from specexit.drafts.base import Draft
-from specexit.output import SIGNALS, RowStats, SignalTrace
+from specexit.exit import SIGNALS
+from specexit.output import RowStats, SignalTrace
 from specexit.prefill import first_token, first_tree, prefill
 from specexit.prompts import Prompts
 from specexit.step import Buffers, Choose, decode_step

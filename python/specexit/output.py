@@ -8,8 +8,6 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-SIGNALS = ("confidence", "progress", "remaining")
-
 
 @dataclass
 class SignalTrace:

@@ -92,10 +92,11 @@ class ExitPlanner:
         there are no signals, or no tokenizer that knows the markers of thinking."""
         if self.draft is None or self.tokenizer is None or self.draft.n_signals == 0:
             return ExitConfig.off()
-        absent: dict[str, Any] = dict.fromkeys(SIGNALS[self.draft.n_signals :])
-        config = ExitConfig(**absent)
-        if self.draft.calibration:
+        if "no_loss" in self.draft.calibration.get("thresholds_from_calibration", {}):
             config = ExitConfig.from_draft(self.draft.calibration)
+        else:
+            absent: dict[str, Any] = dict.fromkeys(SIGNALS[self.draft.n_signals :])
+            config = ExitConfig(**absent)
         try:
             self.markers(config)
         except ValueError:
