@@ -198,6 +198,21 @@ def test_loaded_base_stays_as_it_is() -> None:
             SpecExitDecoder.from_pretrained(tiny_model("llama"), **option)
 
 
+@pytest.mark.parametrize(
+    ("option", "words"),
+    [
+        ({"exit": "release"}, "exit must be an ExitConfig, or one for each prompt, was str"),
+        ({"tree": 60}, "tree must be a TreeConfig, was int"),
+        ({"seed": 1.5}, "seed must be an int or one a prompt, was float"),
+        ({"seed": "1"}, "seed must be an int or one a prompt, was str"),
+    ],
+)
+def test_options_of_a_wrong_type(option: dict[str, object], words: str) -> None:
+    decoder = SpecExitDecoder(tiny_model("llama"), exit=ExitConfig.off())
+    with pytest.raises(TypeError, match=words):
+        decoder.generate(torch.tensor([[3, 4]]), max_new_tokens=2, **option)
+
+
 def test_draft_of_another_base() -> None:
     with pytest.raises(ValueError, match=r"draft must read features of 192 numbers, .* was made for 96"):
         SpecExitDecoder(tiny_model("llama"), OracleDraft([[3]], hidden=32), exit=ExitConfig.off())

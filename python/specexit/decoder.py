@@ -254,6 +254,8 @@ class SpecExitDecoder:
         if streamer is not None and input_ids.shape[0] > 1:
             raise ValueError(f"streamer must be given one prompt, was given {input_ids.shape[0]}")
         tree = tree or self.tree
+        if not isinstance(tree, TreeConfig):
+            raise TypeError(f"tree must be a TreeConfig, was {type(tree).__name__}")
         prompts = pack_prompts(input_ids.to(self.device), attention_mask, self.base.vocab_size)
         stop_ids, longest, others = split_criteria(criteria, config)
         wanted = [length + longest - input_ids.shape[1] for length in prompts.lengths]

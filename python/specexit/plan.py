@@ -52,10 +52,13 @@ class ExitPlanner:
     def plan(self, exit: Exit, prompts: Prompts, stop_ids: Sequence[int], device: torch.device) -> ExitPlan:
         """Check the settings against draft and tokenizer, and let the draft read what they ask for.
 
-        Raises ValueError where the draft or the ids lack what the settings need.
+        Raises TypeError for what is no ExitConfig, ValueError where the draft or the ids lack what the settings need.
         """
         batch = len(prompts.lengths)
         configs = [exit] * batch if isinstance(exit, ExitConfig) else list(exit)
+        for config in configs:
+            if not isinstance(config, ExitConfig):
+                raise TypeError(f"exit must be an ExitConfig, or one for each prompt, was {type(config).__name__}")
         lead = next((config for config in configs if config.active), configs[0] if configs else ExitConfig.off())
         signals = 0
         if self.draft is not None:

@@ -46,12 +46,15 @@ def row_seeds(seed: int | Sequence[int] | None, batch: int) -> list[int]:
     """A seed for each row: drawn from torch's generator (None), derived from one int and the row's index, or given.
 
     Duplicate prompts in a batch get different seeds from one int, so different samples.
+    Raises TypeError or ValueError for a seed that is neither.
     """
     if seed is None:
         drawn: list[int] = torch.randint(0, 2**62, (batch,)).tolist()
         return drawn
     if isinstance(seed, int):
         return [_mix(_mix(seed & _MASK) + index) for index in range(batch)]
+    if isinstance(seed, str) or not isinstance(seed, Sequence):
+        raise TypeError(f"seed must be an int or one a prompt, was {type(seed).__name__}")
     if len(seed) != batch:
         raise ValueError(f"seed must be one int or one a prompt ({batch}), was {len(seed)} of them")
     return [_signed(value) for value in seed]
