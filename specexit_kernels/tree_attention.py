@@ -32,7 +32,7 @@ def tree_attention_ref(
     block_table: Tensor | None = None,
     mask: Tensor | None = None,
 ) -> Tensor:
-    """The meaning of `tree_attention` in plain PyTorch: CPU path and test oracle."""
+    """The meaning of `tree_attention` in plain PyTorch: test oracle, and the CPU's path where SDPA cannot serve."""
     if block_table is not None:
         k, v = _gather_pages(k, block_table), _gather_pages(v, block_table)
     batch, queries, heads, head_dim = q.shape
