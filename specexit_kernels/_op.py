@@ -92,7 +92,8 @@ class Op:
 
 def _is_eager_on_cpu(argument: Any) -> bool:
     """Whether an op's first argument, a tensor or a list of them, is an ordinary one in memory. The dispatcher then has
-    nothing to decide, and takes as long as two small tensor operations: a tenth of a decode step on a CPU."""
+    nothing to decide, and takes as long as two small tensor operations: a tenth of a decode step on a CPU. Under a
+    dispatch mode or the profiler such a call shows as the operations of its implementation."""
     if isinstance(argument, (list, tuple)) and argument:
         argument = argument[0]
     return type(argument) is torch.Tensor and argument.is_cpu and not torch.compiler.is_compiling()

@@ -47,6 +47,7 @@ def test_no_rows() -> None:
         (torch.tensor([[1.0]]), None, TypeError, "input_ids must hold integers, was torch.float32"),
         (torch.zeros(1, 0, dtype=torch.long), None, ValueError, "at least one token a prompt, row 0 was empty"),
         (torch.tensor([[1, 2]]), torch.tensor([[0, 0]]), ValueError, "row 0 was empty"),
+        (torch.tensor([[1, 2]]), [[1, 1]], TypeError, "attention_mask must be a tensor, was list"),
         (torch.tensor([[1, 2]]), torch.tensor([[1]]), ValueError, r"attention_mask must be \[1, 2\]"),
         (torch.tensor([[1, 2, 3]]), torch.tensor([[1, 0, 1]]), ValueError, "had a hole inside"),
         (torch.tensor([[1, 9]]), None, ValueError, r"in \[0, 5\), the base's vocabulary, was 9 at \[0, 1\]"),

@@ -284,7 +284,7 @@ class SpecExitDecoder:
             streamer.put(input_ids.cpu())
         try:
             rows = decode(self.base, self.draft, tree, request)
-        finally:  # also after an error: another thread may be waiting for the next token
+        finally:  # also after an error in a step: another thread may be waiting for the next token
             if streamer is not None:
                 streamer.end()
         new_tokens = [prefix[input_ids.shape[1] :] for prefix in prefixes]

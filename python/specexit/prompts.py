@@ -42,6 +42,8 @@ def pack_prompts(input_ids: Tensor, attention_mask: Tensor | None, vocab_size: i
         raise TypeError(f"input_ids must hold integers, was {input_ids.dtype}")
     mask = torch.ones_like(input_ids, dtype=torch.bool)
     if attention_mask is not None:
+        if not isinstance(attention_mask, Tensor):
+            raise TypeError(f"attention_mask must be a tensor, was {type(attention_mask).__name__}")
         if attention_mask.shape != input_ids.shape:
             raise ValueError(
                 f"attention_mask must be {list(input_ids.shape)} like input_ids, was {list(attention_mask.shape)}"

@@ -94,6 +94,7 @@ def why_exit(reason: str, signals: Mapping[str, float], thresholds: Mapping[str,
     return ", ".join(
         f"{name} {number(signals[name])} {'<' if name == 'remaining' else '>'} {threshold:g}"
         for name, threshold in thresholds.items()
+        if name in signals  # the release's rule may cut where nothing is read: it decides by earlier steps
     )
 
 
