@@ -127,7 +127,10 @@ def grow(draft: Draft | None, buffers: Buffers, slots: int) -> None:
 
 
 def publish(state: DecodeState, request: Request, rows: list[RowStats]) -> None:
-    """Read what a step has published, in one transfer, the trace in another, and hand it on: prefixes, statistics, streamer, criteria."""
+    """Read what a step has published and hand it on: prefixes, statistics, streamer, criteria.
+
+    The tokens come from the device in one transfer, the trace in another.
+    """
     count = state.output.shape[1]
     packed = torch.cat([state.output, torch.stack([state.n_output, state.finished], 1)], 1).tolist()
     traces = state.trace.tolist() if state.trace.numel() else None
