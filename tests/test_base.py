@@ -66,6 +66,12 @@ def dynamic_ntk() -> PreTrainedModel:
     return small("Llama", rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0})
 
 
+def spread() -> PreTrainedModel:
+    model = small("Llama")
+    model.lm_head.to("meta")
+    return model
+
+
 REFUSED = {
     "encoder-decoder": (t5, "T5ForConditionalGeneration is not supported: it is an encoder-decoder"),
     "state": (mamba, "MambaForCausalLM is not supported: it keeps a recurrent state"),
@@ -73,6 +79,7 @@ REFUSED = {
     "chunked": (llama4, "Llama4ForCausalLM is not supported: it has layers of type chunked_attention"),
     "rope": (dynamic_ntk, r"LlamaForCausalLM is not supported: .* \(dynamic NTK\)"),
     "head": (lambda: small("Llama", "Model"), "LlamaModel is not supported: it has no language-model head"),
+    "devices": (spread, "LlamaForCausalLM is not supported: its layers are on several devices"),
     "layers": (bert, "BertLMHeadModel cannot be driven: its decoder has no list of layers"),
 }
 

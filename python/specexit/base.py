@@ -176,6 +176,8 @@ def check_supported(model: object) -> None:
         reason = "it has no language-model head"
     elif getattr(model, "_is_stateful", False):
         reason = "it keeps a recurrent state, which cannot follow the branches of a tree"
+    elif len({parameter.device for parameter in model.parameters()}) > 1:
+        reason = "its layers are on several devices"
     elif not model._supports_attention_backend:
         reason = "transformers gives it no pluggable attention"
     else:
