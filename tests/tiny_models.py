@@ -77,7 +77,9 @@ ARCHITECTURES: dict[str, Callable[[], PretrainedConfig]] = {
 def tiny_model(name: str, seed: int = 0) -> PreTrainedModel:
     """A random float32 model. Weights are larger than at initialisation, so that the next token depends on the text."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(ARCHITECTURES[name]()).eval().float()
+    # transformers 5.17 runs Gemma 2 through SDPA, which leaves the softcap out; later releases do not.
+    attention = "eager" if name == "gemma2" else None
+    model = AutoModelForCausalLM.from_config(ARCHITECTURES[name](), attn_implementation=attention).eval().float()
     for parameter in model.parameters():
         if parameter.dim() > 1:
             parameter.data.normal_(0, 0.08)
