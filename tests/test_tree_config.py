@@ -8,8 +8,8 @@ from specexit.config import TreeConfig
     [
         (TreeConfig(), 7, False, 10 + 100 * 6),
         (TreeConfig(nodes=4, depth=9, top_k=2), 3, False, 2 + 4 * 2),
-        (TreeConfig(nodes=2, depth=9, top_k=3), 1, True, 3),
-        (TreeConfig(nodes=9, depth=3, top_k=1), 3, True, 3),
+        (TreeConfig(nodes=2, depth=9, top_k=3), 1, False, 3),
+        (TreeConfig(nodes=9, depth=3, top_k=1), 3, False, 3),
         (TreeConfig.chain(5), 5, True, 5),
         (TreeConfig.none(), 0, True, 0),
         (TreeConfig(nodes=1, depth=7, top_k=10), 0, True, 0),

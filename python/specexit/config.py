@@ -58,8 +58,8 @@ class TreeConfig:
 
     @property
     def is_chain(self) -> bool:
-        """Whether no node can have a sibling."""
-        return self.nodes <= 2 or self.top_k == 1
+        """Whether the draft proposes nothing but one chain, and all nodes are that chain."""
+        return self.candidates == self.max_depth == self.nodes - 1
 
     @property
     def candidates(self) -> int:

@@ -46,7 +46,7 @@ class SpecExitDecoder:
 
     model      the base, unchanged; the text is always its own
     draft      proposes tokens and reads exit signals; None decodes plainly (budgets still hold)
-    tree       shape of the token trees; None takes one that suits the device
+    tree       shape of the token trees that the draft grows; None takes one that suits the device
     exit       when thinking is cut, or one `ExitConfig` a prompt; None takes the draft's calibrated rule, or the
                defaults where it has none, if draft and tokenizer allow an exit at all
     tokenizer  tells which ids start and end thinking and which end a paragraph
@@ -256,6 +256,8 @@ class SpecExitDecoder:
         tree = tree or self.tree
         if not isinstance(tree, TreeConfig):
             raise TypeError(f"tree must be a TreeConfig, was {type(tree).__name__}")
+        if self.draft is None:  # which would grow it
+            tree = TreeConfig.none()
         prompts = pack_prompts(input_ids.to(self.device), attention_mask, self.base.vocab_size)
         stop_ids, longest, others = split_criteria(criteria, config)
         wanted = [length + longest - input_ids.shape[1] for length in prompts.lengths]

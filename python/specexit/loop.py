@@ -14,10 +14,10 @@ from specexit.config import TreeConfig
 from specexit.drafts.base import Draft
 from specexit.exit import SIGNALS
 from specexit.output import RowStats, SignalTrace
-from specexit.prefill import first_token, first_tree, prefill
+from specexit.prefill import first_token, observe_root, prefill
 from specexit.prompts import Prompts
-from specexit.step import Buffers, Choose, decode_step
-from specexit_kernels import DecodeState, ExitReason, ExitRules, Finish, Tree, bits
+from specexit.step import Buffers, Choose, chain_form, decode_step
+from specexit_kernels import DecodeState, ExitReason, ExitRules, Finish
 
 BUCKET = 64  # the cache grows in multiples of this many slots
 
@@ -56,7 +56,8 @@ def decode(base: BaseModel, draft: Draft | None, config: TreeConfig, request: Re
         if 1 in request.prompts.lengths:
             first_token(base, request.choose, request.rules, buffers)
             publish(buffers.state, request, rows)
-        first_tree(draft, config, buffers)
+        if draft is not None:
+            observe_root(draft, buffers)
         while any(row.finish_reason is None for row in rows):
             if request.slots is None:
                 # A row that a criterion has stopped may have committed a path whose end it did not publish.
@@ -99,11 +100,8 @@ def allocate(base: BaseModel, draft: Draft | None, config: TreeConfig, request: 
     cache = base.new_cache(state.lengths, slots)
     if draft is not None:
         draft.allocate(batch, slots, config, device, base.dtype)
-    tokens, parent, depth = (torch.zeros(batch, config.nodes, dtype=torch.int32, device=device) for _ in range(3))
-    visible = torch.zeros(batch, config.nodes, bits.words(config.nodes), dtype=torch.int64, device=device)
-    tree = Tree(tokens, parent, depth, visible)
     return Buffers(
-        tree=tree,
+        chain=chain_form(batch, config.nodes, device) if config.is_chain else None,
         state=state,
         cache=cache,
         stop_ids=torch.tensor(request.stop_ids, dtype=torch.int32, device=device),

@@ -1,4 +1,4 @@
-"""From prompts to the first tree.
+"""From prompts to the first step.
 
 The prompt's last token becomes the first root, so the first step verifies a tree like every other, and stop ids,
 limits and publication have one place. The tokens before it are read in chunks, as chains of the same tree attention.
@@ -16,8 +16,8 @@ from specexit.base import BaseModel
 from specexit.config import TreeConfig
 from specexit.drafts.base import Draft
 from specexit.prompts import Prompts
-from specexit.step import Buffers, Choose, decode_step, grow_tree
-from specexit_kernels import ExitRules, Tree, bits
+from specexit.step import Buffers, Choose, chain_form, decode_step
+from specexit_kernels import ExitRules
 
 CHUNK = 256  # tokens a forward: four words of bits, and enough rows to use a GPU's arithmetic
 
@@ -54,24 +54,16 @@ def first_token(base: BaseModel, choose: Choose, rules: ExitRules, buffers: Buff
     the draft would read. Afterwards every row has one."""
     state = buffers.state
     batch, device = state.root.shape[0], state.root.device
-    root = Tree(
-        state.root.unsqueeze(1).clone(),
-        torch.zeros(batch, 1, dtype=torch.int32, device=device),
-        torch.zeros(batch, 1, dtype=torch.int32, device=device),
-        bits.chain(batch, 1, device),
-    )
-    plain = replace(buffers, tree=root)
+    plain = replace(buffers, chain=chain_form(batch, 1, device))
     features = decode_step(base, None, TreeConfig.none(), choose, rules, plain)
     buffers.last_features.copy_(features[:, 0])
 
 
-def first_tree(draft: Draft | None, config: TreeConfig, buffers: Buffers) -> None:
-    """Let the draft read position L - 1 with the root, and grow the first tree."""
+def observe_root(draft: Draft, buffers: Buffers) -> None:
+    """Let the draft read position L - 1 with the root: what a step does at its end for the next one."""
     state = buffers.state
-    if draft is not None:
-        rows = buffers.last_features.new_zeros(state.run.shape[0], state.run.shape[1], buffers.last_features.shape[1])
-        rows[:, 0] = buffers.last_features
-        run = torch.zeros_like(state.run)
-        run[:, 0] = state.root
-        draft.observe(rows, run, state.lengths - 1, torch.zeros_like(state.lengths))
-    grow_tree(draft, config, buffers)
+    rows = buffers.last_features.new_zeros(state.run.shape[0], state.run.shape[1], buffers.last_features.shape[1])
+    rows[:, 0] = buffers.last_features
+    run = torch.zeros_like(state.run)
+    run[:, 0] = state.root
+    draft.observe(rows, run, state.lengths - 1, torch.zeros_like(state.lengths))

@@ -17,7 +17,7 @@ from specexit.base import BaseModel
 from specexit.cache import SlotCache
 from specexit.config import TreeConfig
 from specexit.drafts.base import Draft
-from specexit_kernels import DecodeState, ExitRules, Tree, accept, build_tree, compact_kv, decide_exit
+from specexit_kernels import DecodeState, ExitRules, Tree, accept, bits, build_tree, compact_kv, decide_exit
 
 Choose = Callable[[Tensor, Tree, DecodeState], Tensor]  # logits [B, T, V], the tree, the state -> targets [B, T]
 
@@ -26,13 +26,13 @@ Choose = Callable[[Tensor, Tree, DecodeState], Tensor]  # logits [B, T, V], the 
 class Buffers:
     """What a batch carries from step to step; every tensor keeps its address.
 
-    tree           the tree that the next step verifies
+    chain          the form of a chain of nodes, of which only the tokens change; None: trees branch
     stop_ids       [n] int32
     last_features  [B, n H]: the base's features at position L - 1, which the draft reads again with the root
     no_signals     [B, D + 1, 0] float32: what a missing draft says
     """
 
-    tree: Tree
+    chain: Tree | None
     state: DecodeState
     cache: SlotCache
     stop_ids: Tensor
@@ -43,11 +43,12 @@ class Buffers:
 def decode_step(
     base: BaseModel, draft: Draft | None, config: TreeConfig, choose: Choose, rules: ExitRules, buffers: Buffers
 ) -> Tensor:
-    """Verify the tree, decide on an exit, publish tokens to `state.output`, and grow the next tree.
+    """Grow a tree, verify it, decide on an exit, and publish tokens to `state.output`.
 
     Returns the base's features of the nodes, [B, T, n H].
     """
-    tree, state = buffers.tree, buffers.state
+    state = buffers.state
+    tree = grow_tree(draft, config, buffers)
 
     # The base reads the tree. No node at or past the limit is ever accepted, so clamping its position changes nothing
     # and keeps it inside the model's position table.
@@ -71,9 +72,32 @@ def decode_step(
         # After an exit the last position is the boundary's; `n_output` is its row, as row 0 is position L - 1 before.
         last = state.n_output.long().view(-1, 1, 1)
         buffers.last_features.copy_(rows.take_along_dim(last, 1).squeeze(1))
-
-    grow_tree(draft, config, buffers)
     return features
+
+
+def grow_tree(draft: Draft | None, config: TreeConfig, buffers: Buffers) -> Tree:
+    """What the draft proposes after the root, or the forced ids as a chain."""
+    state = buffers.state
+    if draft is None or config.max_depth == 0:
+        empty = state.run[:, :0]
+        tokens, scores, parents = empty, empty.float(), empty
+    else:
+        tokens, scores, parents = draft.propose(state.root, state.lengths)
+    if buffers.chain is None:
+        return build_tree(state.root, tokens, scores, parents, config.nodes, state.forced, state.n_forced)
+    # Of a chain there is nothing to choose. What follows the forced ids is a guess like any other.
+    tokens = torch.cat([state.root.unsqueeze(1), tokens], 1)
+    width = min(state.forced.shape[1], config.nodes)
+    if width > 1:  # the first one is the root
+        due = buffers.chain.depth[:, :width] < state.n_forced.unsqueeze(1)
+        tokens[:, :width] = torch.where(due, state.forced[:, :width], tokens[:, :width])
+    return buffers.chain._replace(tokens=tokens)
+
+
+def chain_form(batch: int, nodes: int, device: torch.device | str) -> Tree:
+    """A chain of `nodes` nodes, its tokens zero."""
+    depth = torch.arange(nodes, dtype=torch.int32, device=device).repeat(batch, 1)
+    return Tree(torch.zeros_like(depth), (depth - 1).clamp(min=0), depth, bits.chain(batch, nodes, device))
 
 
 def chain_rows(features: Tensor, path: Tensor, config: TreeConfig, buffers: Buffers) -> Tensor:
@@ -87,16 +111,3 @@ def chain_rows(features: Tensor, path: Tensor, config: TreeConfig, buffers: Buff
     else:
         features = features.take_along_dim(path.clamp(min=0).long().unsqueeze(-1), 1)
     return torch.cat([buffers.last_features.unsqueeze(1), features], 1)
-
-
-def grow_tree(draft: Draft | None, config: TreeConfig, buffers: Buffers) -> None:
-    """Put the next tree into its buffers: the draft's proposal, or the forced ids as a chain."""
-    state = buffers.state
-    if draft is None or config.max_depth == 0:
-        empty = state.run[:, :0]
-        tokens, scores, parents = empty, empty.float(), empty
-    else:
-        tokens, scores, parents = draft.propose(state.root, state.lengths)
-    tree = build_tree(state.root, tokens, scores, parents, config.nodes, state.forced, state.n_forced)
-    for buffer, value in zip(buffers.tree, tree, strict=True):
-        buffer.copy_(value)
