@@ -11,6 +11,7 @@ import math
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F  # noqa: N812
 
 from specexit_kernels import _checks
 from specexit_kernels._op import Op
@@ -28,12 +29,10 @@ def draft_topk_ref(
     token_map: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The meaning of `draft_topk` in plain PyTorch: CPU path and test oracle."""
-    dtype = torch.promote_types(hidden.dtype, torch.float32)
-    x = hidden.to(dtype)
-    x = x * torch.rsqrt(x.square().mean(1, keepdim=True) + eps)
-    row = (norm_weight * x.to(hidden.dtype)).to(dtype)  # rounded where Llama's RMSNorm rounds
+    row = F.rms_norm(_wide(hidden), hidden.shape[1:], eps=eps)
+    row = _wide(norm_weight * row.to(hidden.dtype))  # rounded where Llama's RMSNorm rounds
 
-    logits = torch.nn.functional.linear(row, lm_head.to(dtype)).nan_to_num_(-math.inf, math.inf, -math.inf)
+    logits = F.linear(row, _wide(lm_head)).nan_to_num_(-math.inf, math.inf, -math.inf)
     draft_ids = rank(logits, k)
     # NaN: no finite logit in the row, or an infinite one.
     logprobs = logits.log_softmax(1).gather(1, draft_ids).nan_to_num_(-math.inf, neginf=-math.inf)
@@ -42,9 +41,13 @@ def draft_topk_ref(
         tokens = tokens + token_map[draft_ids]
 
     if exit_weight is None:
-        return tokens, logprobs, hidden.new_empty(hidden.shape[0], 0, dtype=dtype)
-    bias = None if exit_bias is None else exit_bias.to(dtype)
-    return tokens, logprobs, torch.nn.functional.linear(row, exit_weight.to(dtype), bias)
+        return tokens, logprobs, row[:, :0]
+    return tokens, logprobs, F.linear(row, _wide(exit_weight), None if exit_bias is None else _wide(exit_bias))
+
+
+def _wide(x: Tensor) -> Tensor:
+    """In fp32, or in fp64 as it was."""
+    return x if x.dtype is torch.float64 else x.float()
 
 
 def _outputs(
@@ -66,7 +69,7 @@ def _outputs(
     )
 
 
-_OP = Op(
+OP = Op(
     "draft_topk(Tensor hidden, Tensor norm_weight, float eps, Tensor lm_head, int k, Tensor? exit_weight=None,"
     " Tensor? exit_bias=None, Tensor? token_map=None) -> (Tensor, Tensor, Tensor)",
     draft_topk_ref,
@@ -124,7 +127,7 @@ def draft_topk(
     if token_map is not None:
         _checks.tensor("token_map", token_map, ("Vd",), torch.int32, sizes, hidden)
         _checks.unit_stride("token_map", token_map)
-    tokens, logprobs, signals = _OP(
+    tokens, logprobs, signals = OP(
         hidden, norm_weight, eps, lm_head, k, exit_weight, exit_bias, token_map, implementation=implementation
     )
     return tokens, logprobs, signals

@@ -137,7 +137,9 @@ def tree_attention_sdpa(
     out = F.scaled_dot_product_attention(packed, k, v, attn_mask=mask, scale=scale)
     if not math.isfinite(out.sum().item()):  # reads a CPU tensor: nothing waits for a device
         return tree_attention_ref(q, k, v, *arguments)
-    return out.reshape(batch, heads, queries, -1).transpose(1, 2).contiguous()
+    if group > 1:
+        out = out.reshape(batch, heads, queries, -1)
+    return out.transpose(1, 2).contiguous()
 
 
 def _outputs(
@@ -157,7 +159,7 @@ def _outputs(
     return q.new_empty(*q.shape[:3], v.shape[-1])
 
 
-_OP = Op(
+OP = Op(
     "tree_attention(Tensor q, Tensor k, Tensor v, Tensor lengths, Tensor positions, Tensor visible, float scale,"
     " int? window=None, float? softcap=None, Tensor? sinks=None, Tensor? block_table=None,"
     " Tensor? mask=None) -> Tensor",
@@ -208,6 +210,26 @@ def tree_attention(
     host does not read lengths.
     Raises TypeError for a wrong type or dtype, ValueError for a wrong shape, stride, device or value.
     """
+    arguments = (q, k, v, lengths, positions, visible, scale, window, softcap, sinks, block_table, mask)
+    check_arguments(*arguments)
+    return OP(*arguments, implementation=implementation)
+
+
+def check_arguments(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lengths: Tensor,
+    positions: Tensor,
+    visible: Tensor,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    block_table: Tensor | None = None,
+    mask: Tensor | None = None,
+) -> None:
+    """What `tree_attention` asks of its arguments; raises as it says. See `specexit_kernels.unchecked`."""
     sizes: dict[str, int] = {}
     _checks.tensor("q", q, ("B", "Tq", "Hq", "hd"), _checks.FLOATS_64, sizes)
     if block_table is None:
@@ -242,18 +264,3 @@ def tree_attention(
         _checks.between("window", window, 1, 2**31 - 1)
     if softcap is not None:
         _checks.positive("softcap", softcap)
-    return _OP(
-        q,
-        k,
-        v,
-        lengths,
-        positions,
-        visible,
-        scale,
-        window,
-        softcap,
-        sinks,
-        block_table,
-        mask,
-        implementation=implementation,
-    )

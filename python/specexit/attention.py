@@ -15,8 +15,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from specexit_kernels import bits, tree_attention
-from specexit_kernels.tree_attention import slot_mask
+from specexit_kernels import bits, unchecked
+from specexit_kernels.tree_attention import check_arguments, slot_mask
 
 NAME = "specexit"  # transformers gives names with "flash_attention" or "/" in them a meaning of their own
 
@@ -28,13 +28,17 @@ class TreeContext:
     positions  [B, T] int32
     visible    [B, T, W] int64
     span       no two nodes that see each other are further apart than this many positions
+    check      check what the model gives the op. All its forwards are alike in what can be wrong, so one is enough
     """
 
-    def __init__(self, lengths: Tensor, positions: Tensor, visible: Tensor, span: int) -> None:
+    def __init__(
+        self, lengths: Tensor, positions: Tensor, visible: Tensor, span: int, *, check: bool = False
+    ) -> None:
         self.lengths = lengths
         self.positions = positions
         self.visible = visible
         self.span = span
+        self.check = check
         self._windowed: dict[int, Tensor] = {}
         self._masks: dict[tuple[int | None, int], Tensor] = {}
 
@@ -86,20 +90,23 @@ def specexit_attention(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
         return output
-    attended = tree_attention(
+    arguments = (
         query.transpose(1, 2),
         key,
         value,
         specexit.lengths,
         specexit.positions,
         specexit.visible_in(sliding_window),
-        scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
-        window=sliding_window,
-        softcap=softcap,
-        sinks=s_aux,
-        mask=specexit.mask(sliding_window, key.shape[2], key.dtype),
+        query.shape[-1] ** -0.5 if scaling is None else scaling,
+        sliding_window,
+        softcap,
+        s_aux,
+        None,
+        specexit.mask(sliding_window, key.shape[2], key.dtype),
     )
-    return attended, None
+    if specexit.check:
+        check_arguments(*arguments)
+    return unchecked.tree_attention(*arguments), None
 
 
 def register() -> None:

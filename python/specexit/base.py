@@ -141,10 +141,10 @@ def attention_implementation(model: PreTrainedModel, name: str) -> Iterator[None
 
     The setting lives in the configuration, which models may share, so the block works on a copy.
     """
-    owners = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
-    shared = {id(owner.config): owner.config for owner in owners}
+    holders = [module for module in model.modules() if "config" in vars(module)]
+    shared = {id(m.config): m.config for m in holders if isinstance(m, PreTrainedModel)}
     copies = {key: copy.deepcopy(config) for key, config in shared.items()}
-    replaced = [(m, m.config) for m in model.modules() if id(getattr(m, "config", None)) in copies]
+    replaced = [(module, module.config) for module in holders if id(module.config) in copies]
     try:
         for module, config in replaced:
             module.config = copies[id(config)]
@@ -228,7 +228,8 @@ def probe(base: BaseModel) -> None:
             cache = base.new_cache(lengths, 16)
             base.forward(prompt, chain_context(lengths, 8), cache, last_logits=True)
             lengths += 8
-            context = TreeContext(lengths, lengths.unsqueeze(1) + depth, bits.pack(mask).unsqueeze(0), span=2)
+            positions = lengths.unsqueeze(1) + depth
+            context = TreeContext(lengths, positions, bits.pack(mask).unsqueeze(0), span=2, check=True)
             tree = base.forward(nodes, context, cache)[0][0, branch]
     except torch.OutOfMemoryError:
         raise

@@ -24,11 +24,8 @@ from specexit.config import TreeConfig
 from specexit.drafts.base import Candidates
 from specexit.drafts.eagle3_config import ALL_SIGNALS, Eagle3Config, Source
 from specexit.drafts.eagle3_workspace import Rows, Workspace
-from specexit.drafts.rope import rotate_
-from specexit_kernels.draft_topk import draft_topk
-from specexit_kernels.grow_beam import grow_beam
-from specexit_kernels.project_features import project_features
-from specexit_kernels.tree_attention import tree_attention
+from specexit.drafts.rope import RopeTable, rotate_
+from specexit_kernels import grow_beam, project_features, unchecked
 
 
 class _Observed(NamedTuple):
@@ -99,6 +96,11 @@ class Eagle3Draft(nn.Module):
         self.d2t: Tensor | None  # [Vd] int32: target id = draft id + d2t[draft id]; None: they are the same
         self.register_buffer("d2t", None)
         self.source: Source | None = config.resolve_source(source)
+        self._rope = RopeTable(
+            config.rope_parameters,
+            head_dim=config.head_dim,
+            max_position_embeddings=config.max_position_embeddings,
+        )
         self._token_map: Tensor | None = None
         self._workspace: Workspace | None = None
         self._observed: _Observed | None = None
@@ -139,7 +141,8 @@ class Eagle3Draft(nn.Module):
             raise ValueError(f"dtype must be the draft's, {weight.dtype}, was {dtype}")
         if tree.max_depth and tree.top_k > self.config.draft_vocab_size:
             raise ValueError(f"top_k must be at most the draft's vocabulary, {self.config.draft_vocab_size}")
-        self._workspace = Workspace(self.config, batch, capacity + self.slots(tree), tree, weight.device, dtype)
+        slots = capacity + self.slots(tree)
+        self._workspace = Workspace(self.config, self._rope, batch, slots, tree, weight.device, dtype)
         self._token_map = self.d2t if self.d2t is not None and self.d2t.any() else None  # the identity costs nothing
         self._observed = None
 
@@ -159,7 +162,7 @@ class Eagle3Draft(nn.Module):
         kv = F.linear(inputs, self.qkv_weight[width:], bias).view(*tokens.shape, -1, config.head_dim)
         rows, _ = w.chain(start, tokens.shape[1])
         rotate_(kv[:, :, : config.num_key_value_heads], rows.rope)
-        w.store(kv, rows.slots)
+        w.store(kv, rows.store)
 
     @torch.no_grad()
     def observe(self, features: Tensor, tokens: Tensor, start: Tensor, last: Tensor) -> Tensor:
@@ -245,35 +248,23 @@ class Eagle3Draft(nn.Module):
         inputs, residual = self._inputs(tokens, feature)
         qkv = F.linear(inputs, self.qkv_weight, self.qkv_bias).view(*rows.positions.shape, -1, config.head_dim)
         rotate_(qkv[:, :, : heads + config.num_key_value_heads], rows.rope)
-        w.store(qkv[:, :, heads:], rows.slots)
-        attended = tree_attention(
-            qkv[:, :, :heads],
-            w.keys,
-            w.values,
-            rows.lengths,
-            rows.positions,
-            visible,
-            scale=config.head_dim**-0.5,
-            mask=mask,
+        w.store(qkv[:, :, heads:], rows.store)
+        scale, query = config.head_dim**-0.5, qkv[:, :, :heads]
+        attended = unchecked.tree_attention(
+            query, w.keys, w.values, rows.lengths, rows.positions, visible, scale, None, None, None, None, mask
         )
-        hidden = residual + F.linear(attended.view(len(tokens), -1), self.o_weight, self.o_bias)
+        hidden = _add_linear(residual, attended.view(len(tokens), -1), self.o_weight, self.o_bias)
         normed = F.rms_norm(hidden, hidden.shape[-1:], self.mlp_norm, config.rms_norm_eps)
         gate, up = F.linear(normed, self.gate_up_weight, self.gate_up_bias).chunk(2, -1)
-        return hidden + F.linear(F.silu(gate) * up, self.down_weight, self.down_bias)
+        return _add_linear(hidden, F.silu(gate) * up, self.down_weight, self.down_bias)
 
     def _top(
         self, hidden: Tensor, k: int, exit_weight: Tensor | None = None, exit_bias: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The k likeliest next tokens of each row [N, H], their log-probabilities, and the row's signals."""
-        tokens, logprobs, signals = draft_topk(
-            hidden,
-            self.norm,
-            self.config.rms_norm_eps,
-            self.lm_head,
-            k,
-            exit_weight=exit_weight,
-            exit_bias=exit_bias,
-            token_map=self._token_map,
+        eps, token_map = self.config.rms_norm_eps, self._token_map
+        tokens, logprobs, signals = unchecked.draft_topk(
+            hidden, self.norm, eps, self.lm_head, k, exit_weight, exit_bias, token_map
         )
         return tokens, logprobs.float(), signals.float()  # a float64 draft is scored as any other
 
@@ -285,6 +276,11 @@ class Eagle3Draft(nn.Module):
     def _reads_only_fc(self, w: Workspace) -> bool:
         """No tree to grow and no signal on the layer's output: the layer need not run, and there is no cache."""
         return w.depth == 0 and self.source != "output"
+
+
+def _add_linear(x: Tensor, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x + a linear layer of `inputs` [N, in], in one operation."""
+    return torch.addmm(x if bias is None else x + bias, inputs, weight.t())
 
 
 def embedding_table(embedding: nn.Module) -> Tensor:

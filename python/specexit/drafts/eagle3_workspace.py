@@ -10,7 +10,7 @@ from torch import Tensor
 
 from specexit.config import TreeConfig
 from specexit.drafts.eagle3_config import Eagle3Config
-from specexit.drafts.rope import rope_table
+from specexit.drafts.rope import RopeTable
 from specexit_kernels import bits
 from specexit_kernels.tree_attention import slot_mask
 
@@ -19,7 +19,7 @@ class Rows(NamedTuple):
     """Where a pass of the layer works: Q rows for each of B sequences, N = B * Q."""
 
     positions: Tensor  # [B, Q] int32
-    slots: Tensor  # [B, Q] int64: where their keys and values go
+    store: Tensor  # [B * Q * 2 * heads] int64: rows of the flattened cache that take their keys and values
     rope: Tensor  # [B, Q, 2, 1, head_dim]
     lengths: Tensor  # [B] int32: committed rows, seen by all of them
 
@@ -35,6 +35,7 @@ class Workspace:
     def __init__(
         self,
         config: Eagle3Config,
+        rope: RopeTable,
         batch: int,
         slots: int,
         tree: TreeConfig,
@@ -45,7 +46,7 @@ class Workspace:
         self.depth = tree.max_depth
         self.k = k = tree.top_k if self.depth else 1
         self.levels = levels = max(self.depth - 1, 0)
-        self._config = config
+        self._rope = rope
         heads = config.num_key_value_heads
         # Zeros, and not what the memory held: an empty slot is never seen, but its keys are multiplied all the same.
         self._hold(torch.zeros(2, batch, heads, slots, config.head_dim, device=device, dtype=dtype))
@@ -54,12 +55,6 @@ class Workspace:
             return torch.arange(count, device=device, dtype=dtype)
 
         self.rows = integers(batch, torch.int64)
-        # Indices of the cache's first three axes: with slots [B, Q, 1] for the fourth they address [2, B, Q, heads].
-        self._address = (
-            integers(2, torch.int64).view(2, 1, 1, 1),
-            self.rows.view(batch, 1, 1),
-            integers(heads, torch.int64),
-        )
         self._steps = integers(self.depth + 2)
         self._chain = bits.chain(batch, self.depth + 2, device)
 
@@ -79,27 +74,23 @@ class Workspace:
         self._parents = parents[: tree.candidates].repeat(batch, 1)
 
     def _hold(self, cache: Tensor) -> None:
-        """Take `cache` [2, B, heads, slots, head_dim], and make the rope table for the position of every slot."""
+        """Take `cache` [2, B, heads, slots, head_dim], and the rope table of the position of every slot."""
         self._cache = cache
         self.keys, self.values = cache
-        self.rope = rope_table(
-            self._config.rope_parameters,
-            head_dim=self._config.head_dim,
-            positions=cache.shape[3],
-            max_position_embeddings=self._config.max_position_embeddings,
-            device=cache.device,
-            dtype=cache.dtype,
-        )
+        kinds, batch, heads, slots, _ = cache.shape
+        first = torch.arange(0, kinds * batch * heads * slots, slots, device=cache.device).view(kinds, batch, heads)
+        # The first slot of each row's keys and values, keys first, in the flattened cache.
+        self._first_slot = first.transpose(0, 1).reshape(batch, 1, kinds * heads)
+        self.rope = self._rope.reach(slots, cache.device, cache.dtype)
 
     def grow(self, slots: int) -> None:
         """Add `slots` slots to every row; what is in the others stays."""
         self._hold(torch.nn.functional.pad(self._cache, (0, 0, 0, slots)))
 
-    def store(self, kv: Tensor, slots: Tensor) -> None:
-        """Write keys and values [B, Q, 2 * heads, head_dim], keys first, to `slots` [B, Q] int64."""
-        source = kv.view(*slots.shape, 2, -1, kv.shape[-1]).permute(2, 0, 1, 3, 4)
-        kind, row, head = self._address
-        self._cache.index_put_((kind, row, head, slots.unsqueeze(-1)), source)
+    def store(self, kv: Tensor, where: Tensor) -> None:
+        """Write keys and values [B, Q, 2 * heads, head_dim], keys first, to rows `where` of the flattened cache."""
+        size = kv.shape[-1]
+        self._cache.view(-1, size).index_copy_(0, where, kv.reshape(-1, size))
 
     def chain(self, start: Tensor, count: int) -> tuple[Rows, Tensor]:
         """`count` rows behind the committed rows [0, start), and the bits by which each sees those before it."""
@@ -109,7 +100,7 @@ class Workspace:
             visible = bits.chain(self.batch, count, start.device)
         positions = start.unsqueeze(1) + steps
         slots = positions.long()
-        return Rows(positions, slots, self.rope[slots], start), visible
+        return Rows(positions, (self._first_slot + slots.unsqueeze(2)).flatten(), self.rope[slots], start), visible
 
     def level_rows(self, lengths: Tensor) -> list[Rows]:
         """The rows of every level behind the committed rows [0, lengths)."""
@@ -117,7 +108,8 @@ class Workspace:
         positions = where[0]
         rope_rows, slots = where.long().unbind(0)
         rope = self.rope[rope_rows]
-        return [Rows(positions[i], slots[i], rope[i], lengths) for i in range(self.levels)]
+        store = (self._first_slot + slots.unsqueeze(3)).flatten(1)
+        return [Rows(positions[i], store[i], rope[i], lengths) for i in range(self.levels)]
 
     def chain_masks(self, lengths: Tensor) -> Sequence[Tensor | None]:
         """The masks of all levels of a chain, each [B, 1, slots]: they are known beforehand, and a CPU makes them in

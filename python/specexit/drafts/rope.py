@@ -74,6 +74,23 @@ def rope_table(
     return torch.stack((cos[0], sin[0]), 1).unsqueeze(2).to(device, dtype)
 
 
+class RopeTable:
+    """`rope_table` of one draft, made once as far as it has been needed: a decoder asks for it with every batch."""
+
+    def __init__(self, parameters: Mapping[str, Any], *, head_dim: int, max_position_embeddings: int) -> None:
+        self._options: dict[str, Any] = {"head_dim": head_dim, "max_position_embeddings": max_position_embeddings}
+        self._parameters = parameters
+        self._table = torch.empty(0)
+
+    def reach(self, positions: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """The table of `positions` positions or more."""
+        table = self._table
+        if len(table) < positions or table.device != device or table.dtype != dtype:
+            rows = max(positions, 2 * len(table), 1024)
+            self._table = rope_table(self._parameters, positions=rows, device=device, dtype=dtype, **self._options)
+        return self._table
+
+
 def rotate_(heads: Tensor, rope: Tensor) -> None:
     """Rotate queries or keys [.., heads, head_dim] in place by rows [.., 2, 1, head_dim] of the table."""
     cos, sin = rope.unbind(-3)
