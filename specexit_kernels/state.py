@@ -21,6 +21,7 @@ from torch import Tensor
 
 from specexit_kernels import _checks
 
+SIGNALS = ("confidence", "progress", "remaining")  # the columns of every tensor of signals; S of them are the first S
 NO_BUDGET = 2**31 - 1  # thinking tokens that no row reaches
 
 
@@ -195,7 +196,7 @@ class DecodeState:
 class ExitRules:
     """When thinking is cut; per-row tensors and the settings that every row shares.
 
-    Signals are in the order confidence, progress, remaining; S of them. With no `force` ids nothing is ever cut.
+    S of the signals, in the order of SIGNALS. With no `force` ids nothing is ever cut.
 
     Raises TypeError or ValueError, naming the field, for a wrong type, dtype, shape or device.
     """

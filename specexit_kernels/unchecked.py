@@ -5,7 +5,10 @@ public function, or `check_arguments`, look at them once. On a CPU the checks wo
 decode step. Arguments are positional, in the order of the public signature; a call may be anything that it refuses.
 """
 
-from specexit_kernels.draft_topk import OP as draft_topk
-from specexit_kernels.tree_attention import OP as tree_attention
+from specexit_kernels.draft_topk import OP as DRAFT_TOPK
+from specexit_kernels.tree_attention import OP as TREE_ATTENTION
+
+draft_topk = DRAFT_TOPK
+tree_attention = TREE_ATTENTION
 
 __all__ = ["draft_topk", "tree_attention"]

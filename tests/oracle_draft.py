@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from specexit.config import TreeConfig
-from specexit.drafts.base import Candidates
+from specexit.drafts.base import Candidates, signal_columns
+from specexit_kernels.state import SIGNALS
 
 Signals = Callable[[int, int], list[float]]  # position p, token at p + 1 -> raw signals of p
 
@@ -33,7 +34,7 @@ class OracleDraft:
         self.texts = texts
         self.feature_size = 3 * hidden
         self.accuracy = accuracy
-        self.signals = signals
+        self.tell = signals
         self.select_source("auto")
         self.vocab = vocab
         self.generator = torch.Generator().manual_seed(len(texts))
@@ -41,7 +42,9 @@ class OracleDraft:
         self.calibration: dict[str, object] = {}
 
     def select_source(self, source: str | None) -> None:
-        self.n_signals = len(self.signals(0, 0)) if self.signals and source is not None else 0
+        self.signals: tuple[str, ...] = ()
+        if self.tell is not None and source is not None:
+            self.signals = SIGNALS[: len(self.tell(0, 0))]
 
     def slots(self, tree: TreeConfig) -> int:
         return 0
@@ -61,7 +64,7 @@ class OracleDraft:
 
     def observe(self, features: Tensor, tokens: Tensor, start: Tensor, last: Tensor) -> Tensor:
         assert features.shape == (*tokens.shape, self.feature_size)
-        raw = torch.full((*tokens.shape, self.n_signals), float("nan"))
+        raw = torch.full((*tokens.shape, signal_columns(self.signals)), float("nan"))
         for row in range(tokens.shape[0]):
             for r in range(int(last[row]) + 1):
                 position, token = int(start[row]) + r, int(tokens[row, r])
@@ -69,8 +72,8 @@ class OracleDraft:
                 # Every row before this one has been read, with the token that is in the text by now.
                 assert all(p in self.read_rows[row] for p in range(position)), "a position was never read"
                 self.read_rows[row][position] = token
-                if self.n_signals:
-                    raw[row, r] = torch.tensor(self.signals(position, token))
+                if self.tell and self.signals:
+                    raw[row, r] = torch.tensor(self.tell(position, token))
         return raw
 
     def propose(self, root: Tensor, lengths: Tensor) -> Candidates:

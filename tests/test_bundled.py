@@ -62,7 +62,7 @@ def test_base_and_draft_load_and_fit():
     tokenizer = AutoTokenizer.from_pretrained(pair.base)
     draft = load_draft(pair.draft, embedding=base.get_input_embeddings())
     assert draft.config.vocab_size == base.config.vocab_size == 80
-    assert (draft.source, draft.n_signals, draft.feature_layers) == ("output", 3, (2, 4, 5))
+    assert (draft.source, len(draft.signals), draft.feature_layers) == ("output", 3, (2, 4, 5))
     assert draft.lm_head.dtype == base.dtype
     prompt = tokenizer.apply_chat_template(
         [{"role": "user", "content": load_problems("test")[0].question}], add_generation_prompt=True, tokenize=False

@@ -122,7 +122,7 @@ def test_identical_vocabularies_need_no_map(tmp_path, rng):
 def test_exit_head_without_a_word_in_the_config(tmp_path, rng):
     tensors = random_tensors(CONFIG, rng, torch.float32)
     draft = load(write_checkpoint(tmp_path, {k: v for k, v in CONFIG.items() if k != "exit_head"}, tensors))
-    assert (draft.source, draft.n_signals) == ("output", 3)
+    assert (draft.source, len(draft.signals)) == ("output", 3)
 
 
 def test_embedding_of_its_own(tmp_path, rng):

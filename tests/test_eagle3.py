@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from specexit.bundled import bundled_pair, load_problems
 from specexit.config import TreeConfig
 from specexit.drafts import Eagle3Draft, load_draft
+from specexit_kernels.state import SIGNALS
 
 LLAMA3 = {
     "rope_type": "llama3",
@@ -221,23 +222,23 @@ def test_without_speculation_only_signals(source, tmp_path, rng):
     assert [x.dtype for x in candidates] == [torch.int32, torch.float32, torch.int32]
 
 
-@pytest.mark.parametrize(("method", "columns"), [("confidence", [0]), ("progress", [1]), ("remain", [2])])
-def test_one_signal_stands_in_its_column(method, columns, tmp_path, rng):
+@pytest.mark.parametrize(("method", "column"), [("confidence", 0), ("progress", 1), ("remain", 2)])
+def test_one_signal_stands_in_its_column(method, column, tmp_path, rng):
     case = make_case(tmp_path, rng, {"early_stop_method": method, "exit_head": None})
     assert case.draft.source == "fc"
-    assert case.draft.n_signals == columns[0] + 1
+    assert case.draft.signals == (SIGNALS[column],)
     tree = TreeConfig.chain(2)
     allocate(case, tree)
     signals = observe(case, [0, 0, 0], [0, 0, 0], tree)[:, 0]
-    expected = torch.full((3, columns[0] + 1), float("nan"), dtype=torch.float64)
+    expected = torch.full((3, column + 1), float("nan"), dtype=torch.float64)
     for b in range(3):
-        expected[b, columns[0]] = case.reference.project(case.features[b, 0])[1]
+        expected[b, column] = case.reference.project(case.features[b, 0])[1]
     assert_close(signals, expected, torch.float32)
 
 
 def test_draft_without_signals(tmp_path, rng):
     case = make_case(tmp_path, rng, {"early_stop_method": None, "exit_head": None})
-    assert (case.draft.source, case.draft.n_signals) == (None, 0)
+    assert (case.draft.source, case.draft.signals) == (None, ())
     tree = TreeConfig(nodes=10, depth=2, top_k=2)
     allocate(case, tree)
     assert observe(case, [0, 0, 0], [1, 2, 3], tree).shape == (3, 4, 0)
@@ -253,13 +254,13 @@ def test_auto_prefers_the_output(tmp_path, rng):
 
 def test_source_can_be_chosen_later(tmp_path, rng):
     case = make_case(tmp_path, rng)
-    for source, n_signals in (("fc", 3), (None, 0), ("output", 3), ("auto", 3)):
+    for source, names in (("fc", SIGNALS), (None, ()), ("output", SIGNALS), ("auto", SIGNALS)):
         case.draft.select_source(source)
-        assert case.draft.n_signals == n_signals
+        assert case.draft.signals == names
         tree = TreeConfig.chain(2)
         allocate(case, tree)
         signals = observe(case, [0, 0, 0], [1, 1, 1], tree)
-        assert signals.shape == (3, 4, n_signals)
+        assert signals.shape == (3, 4, len(names))
         if source is not None:
             check_signals(case, signals, [0, 0, 0], [1, 1, 1])
         check_candidates(case, [2, 2, 2], tree)

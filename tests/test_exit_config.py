@@ -15,7 +15,7 @@ from specexit.exit import ExitConfig, markers_for, rules_for
 from specexit.plan import ExitPlanner
 from specexit.thinking import Markers
 from specexit_kernels import Smoothing
-from specexit_kernels.state import NO_BUDGET
+from specexit_kernels.state import NO_BUDGET, SIGNALS
 
 MARKERS = Markers((1,), (2,), (2,), (4, 5))
 V = 10
@@ -48,7 +48,7 @@ def test_release() -> None:
     config = ExitConfig.release()
     assert (config.alpha, config.granularity, config.source) == (0.1, "step", "fc")
     assert (config.start_ids, config.assume_thinking) == ((), True)
-    rules = rules_for(config, V, MARKERS, 1, signals=3)
+    rules = rules_for(config, V, MARKERS, 1, signals=SIGNALS)
     assert rules.per_step
     assert rules.smoothing is Smoothing.EWMA
 
@@ -112,7 +112,7 @@ def test_rules_of_a_batch_whose_rows_differ() -> None:
         ExitConfig.off(),
         ExitConfig(enabled=False, thinking_budget=5),
     ]
-    rules = rules_for(rows, V, MARKERS, 4, signals=3, stop_ids=[3])
+    rules = rules_for(rows, V, MARKERS, 4, signals=SIGNALS, stop_ids=[3])
     assert rules.thresholds[0].tolist() == [0.5, 0.0, 200.0]
     assert rules.used.tolist() == [[True, False, True], [True, True, False], [True] * 3, [True] * 3]
     assert rules.thresholds[2:, 0].isinf().all()  # out of reach
@@ -135,15 +135,15 @@ def test_rules_of_a_batch_whose_rows_differ() -> None:
 
 def test_rules_know_the_static_settings() -> None:
     for name, kind in (("none", Smoothing.NONE), ("ewma", Smoothing.EWMA), ("window", Smoothing.WINDOW)):
-        rules = rules_for(ExitConfig(smoothing=name, window=5), V, MARKERS, 1, signals=3)
+        rules = rules_for(ExitConfig(smoothing=name, window=5), V, MARKERS, 1, signals=SIGNALS)
         assert (rules.smoothing, rules.window) == (kind, 5 if kind is Smoothing.WINDOW else 0)
         assert (rules.has_minimum, rules.has_budget, rules.per_step) == (False, False, False)
-    assert rules_for(ExitConfig(), V, MARKERS, 1, signals=3, stop_ids=[2]).force_stops
+    assert rules_for(ExitConfig(), V, MARKERS, 1, signals=SIGNALS, stop_ids=[2]).force_stops
     long = Markers((1, 7), (2, 8, 9), (2, 8, 9), (4,))
-    assert rules_for(ExitConfig(), V, long, 1, signals=3).tail == 2
-    assert rules_for([], V, MARKERS, 0, signals=3).thresholds.shape == (0, 3)
+    assert rules_for(ExitConfig(), V, long, 1, signals=SIGNALS).tail == 2
+    assert rules_for([], V, MARKERS, 0, signals=SIGNALS).thresholds.shape == (0, 3)
     beyond = Markers((1,), (2,), (2,), (4, V + 3))  # a tokenizer may know ids that its model cannot emit
-    assert rules_for(ExitConfig(), V, beyond, 1, signals=3).boundary.sum() == 1
+    assert rules_for(ExitConfig(), V, beyond, 1, signals=SIGNALS).boundary.sum() == 1
 
 
 @pytest.mark.parametrize(
@@ -151,18 +151,19 @@ def test_rules_know_the_static_settings() -> None:
     [
         (
             {},
-            0,
+            (),
             "confidence, progress, remaining must be None: .* the draft gives none",
         ),
-        ({}, 1, "progress, remaining must be None: .* the draft gives confidence"),
-        ({"progress": None}, 1, "remaining must be None"),
+        ({}, SIGNALS[:1], "progress, remaining must be None: .* the draft gives confidence"),
+        ({"progress": None}, SIGNALS[:1], "remaining must be None"),
+        ({}, ("remaining",), "confidence, progress must be None: .* the draft gives remaining"),
     ],
 )
-def test_signals_that_the_draft_lacks(settings: dict[str, None], signals: int, words: str) -> None:
+def test_signals_that_the_draft_lacks(settings: dict[str, None], signals: tuple[str, ...], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         rules_for(ExitConfig(**settings), V, MARKERS, 1, signals=signals)
-    rules_for(ExitConfig(progress=None, remaining=None), V, MARKERS, 1, signals=1)
-    rules_for(ExitConfig(enabled=False, thinking_budget=3), V, MARKERS, 1, signals=0)
+    rules_for(ExitConfig(progress=None, remaining=None), V, MARKERS, 1, signals=SIGNALS[:1])
+    rules_for(ExitConfig(enabled=False, thinking_budget=3), V, MARKERS, 1)
 
 
 @pytest.mark.parametrize(
@@ -180,8 +181,8 @@ def test_signals_that_the_draft_lacks(settings: dict[str, None], signals: int, w
 )
 def test_settings_that_a_batch_shares(one: dict, other: dict, words: str) -> None:
     with pytest.raises(ValueError, match=words):
-        rules_for([ExitConfig(**one), ExitConfig(**other)], V, MARKERS, 2, signals=3)
-    rules_for([ExitConfig(**one), ExitConfig.off()], V, MARKERS, 2, signals=3)
+        rules_for([ExitConfig(**one), ExitConfig(**other)], V, MARKERS, 2, signals=SIGNALS)
+    rules_for([ExitConfig(**one), ExitConfig.off()], V, MARKERS, 2, signals=SIGNALS)
 
 
 @pytest.mark.parametrize(
@@ -198,7 +199,7 @@ def test_settings_that_a_batch_shares(one: dict, other: dict, words: str) -> Non
 )
 def test_markers_that_allow_no_exit(markers: Markers, config: ExitConfig, words: str) -> None:
     with pytest.raises(ValueError, match=words):
-        rules_for(config, V, markers, 1, signals=3)
+        rules_for(config, V, markers, 1, signals=SIGNALS)
 
 
 def test_a_hard_budget_needs_no_boundary() -> None:
@@ -208,7 +209,7 @@ def test_a_hard_budget_needs_no_boundary() -> None:
 
 def test_one_config_a_prompt() -> None:
     with pytest.raises(ValueError, match="exit must be one ExitConfig, or one for each of 3 prompts, was 2"):
-        rules_for([ExitConfig(), ExitConfig()], V, MARKERS, 3, signals=3)
+        rules_for([ExitConfig(), ExitConfig()], V, MARKERS, 3, signals=SIGNALS)
 
 
 def test_markers_of_tokenizer_and_settings() -> None:
@@ -233,6 +234,8 @@ def test_default_rule_is_the_calibrated_one_or_that_of_the_signals() -> None:
     draft.calibration = {"thresholds_from_calibration": {"no_loss": {"conf": 0.6}}}
     assert ExitPlanner(draft, known, V).default() == ExitConfig.from_draft(draft.calibration)
     assert ExitPlanner(draft, None, V).default() == ExitConfig.off()
+    draft.select_source(None)  # as a batch without exit leaves it
+    assert ExitPlanner(draft, known, V).default() == ExitConfig.from_draft(draft.calibration)
 
 
 def test_markers_without_a_tokenizer_or_in_one_without_markers() -> None:

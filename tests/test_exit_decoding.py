@@ -143,6 +143,34 @@ def test_nan_signals_never_exit(rng: torch.Generator) -> None:
     assert all(stats.exit_position is None for stats in out.stats)
 
 
+class OnlyRemaining(OracleDraft):
+    """The last signal alone: its column is there, the two before it are NaN."""
+
+    def select_source(self, source: str | None) -> None:
+        self.signals = () if source is None else ("remaining",)
+
+    def observe(self, *args: torch.Tensor) -> torch.Tensor:
+        raw = super().observe(*args)
+        raw[..., :2] = float("nan")
+        return raw
+
+
+def test_a_draft_with_the_last_signal_alone(rng: torch.Generator) -> None:
+    model = tiny_model("llama")
+    rows = prompts(rng, [8, 5])
+    texts = greedy_texts(model, rows)
+    exit = config(texts, confidence=None, progress=None)
+    expected = decode(model, rows, texts, exit, TREES["12"])
+    decoder = SpecExitDecoder(model, OnlyRemaining(texts, signals=signals), exit=exit)
+    ids, mask = pad(rows, "left")
+    options = {"max_new_tokens": NEW, "temperature": 0.0, "tree": TREES["12"]}
+    out = decoder.generate(ids, mask, **options)
+    assert out.new_tokens == expected.new_tokens
+    assert [s.exit_position for s in out.stats] == [s.exit_position for s in expected.stats] != [None, None]
+    with pytest.raises(ValueError, match=r"confidence must be None: .* the draft gives remaining"):
+        decoder.generate(ids, mask, exit=config(texts, progress=None), **options)
+
+
 @pytest.mark.parametrize("hard", [False, True])
 def test_a_budget_needs_no_draft(hard: bool, rng: torch.Generator) -> None:
     model = tiny_model("llama")

@@ -17,6 +17,7 @@ from exit_harness import VOCAB, Settings, begin, chain_trees, ids, make_state
 from specexit.exit import ExitConfig, markers_for, rules_for
 from specexit.thinking import Markers
 from specexit_kernels import ExitReason, ExitRules, Finish, accept, decide_exit
+from specexit_kernels.state import SIGNALS
 
 START, END, STOP, BREAK, WORD = 1, 2, 3, 4, 9
 MARKERS = Markers((), (END,), (END,), (BREAK, 5))
@@ -33,7 +34,7 @@ class Decoding:
     """One row, stepped by hand. `prompt` ends with the first root."""
 
     def __init__(self, prompt: Sequence[int] = (7, START), rules: ExitRules | None = None, limit: int = 1000) -> None:
-        self.rules = rules or rules_for(ExitConfig.release(), VOCAB, MARKERS, 1, signals=3, stop_ids=[STOP])
+        self.rules = rules or rules_for(ExitConfig.release(), VOCAB, MARKERS, 1, signals=SIGNALS, stop_ids=[STOP])
         self.state = make_state(1, SHARED, depth=6)
         begin(self.state, [prompt], [limit], SHARED)
         self.state.thinking.fill_(1)  # as `assume_thinking` says

@@ -31,9 +31,7 @@ class TreeContext:
     check      check what the model gives the op. All its forwards are alike in what can be wrong, so one is enough
     """
 
-    def __init__(
-        self, lengths: Tensor, positions: Tensor, visible: Tensor, span: int, *, check: bool = False
-    ) -> None:
+    def __init__(self, lengths: Tensor, positions: Tensor, visible: Tensor, span: int, *, check: bool = False) -> None:
         self.lengths = lengths
         self.positions = positions
         self.visible = visible

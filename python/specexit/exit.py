@@ -9,10 +9,10 @@ from typing import Any, Literal
 
 import torch
 
+from specexit.drafts.base import signal_columns
 from specexit.thinking import Markers, Tokenizer, paragraph_breaks, release_breaks, release_end, thinking_markers
-from specexit_kernels.state import NO_BUDGET, ExitRules, Smoothing
+from specexit_kernels.state import NO_BUDGET, SIGNALS, ExitRules, Smoothing
 
-SIGNALS = ("confidence", "progress", "remaining")
 _CHOICES = {
     "smoothing": tuple(kind.name.lower() for kind in Smoothing),
     "granularity": ("token", "step"),
@@ -182,7 +182,7 @@ def rules_for(
     markers: Markers,
     batch: int,
     device: torch.device | str | None = None,
-    signals: int = 0,
+    signals: Sequence[str] = (),
     stop_ids: Sequence[int] = (),
 ) -> ExitRules:
     """The rules of a batch on its device.
@@ -190,7 +190,7 @@ def rules_for(
     configs     one for all rows, or one a row; those that cut nothing go with any others
     vocabulary  V: ids that the base can emit
     markers     from `markers_for`
-    signals     S: how many of confidence, progress, remaining the draft gives, from the first on
+    signals     those that the draft gives, by name
     stop_ids    ids that end a sequence
 
     Raises ValueError when the rows' settings cannot go together, or the draft or the ids lack what they need.
@@ -202,19 +202,18 @@ def rules_for(
     shared = active[0] if active else ExitConfig.off()
     for row in active:
         _check_alike(shared, row)
-        missing = [name for name in SIGNALS[signals:] if row.enabled and getattr(row, name) is not None]
+        missing = [n for n in SIGNALS if n not in signals and row.enabled and getattr(row, n) is not None]
         if missing:
             raise ValueError(
                 f"{', '.join(missing)} must be None: of {', '.join(SIGNALS)} the draft gives "
-                f"{', '.join(SIGNALS[:signals]) or 'none'}; without any, set enabled=False and a thinking_budget"
+                f"{', '.join(signals) or 'none'}; without any, set enabled=False and a thinking_budget"
             )
     _check_markers(markers, vocabulary, active)
 
     # A signal that is left out passes whatever it says; a row whose exit is off waits for one that cannot pass.
-    used = [[getattr(row, name) is not None or not row.enabled for name in SIGNALS[:signals]] for row in rows]
-    thresholds = [
-        [(getattr(row, name) or 0.0) if row.enabled else math.inf for name in SIGNALS[:signals]] for row in rows
-    ]
+    names = SIGNALS[: signal_columns(signals)]
+    used = [[getattr(row, name) is not None or not row.enabled for name in names] for row in rows]
+    thresholds = [[(getattr(row, name) or 0.0) if row.enabled else math.inf for name in names] for row in rows]
     boundary = torch.zeros(vocabulary, dtype=torch.bool)
     boundary[[index for index in markers.boundary if index < vocabulary]] = True
     smoothing = Smoothing[shared.smoothing.upper()]
@@ -223,8 +222,8 @@ def rules_for(
         return torch.tensor(values, dtype=dtype).view(shape or (len(values),)).to(device)
 
     return ExitRules(
-        thresholds=tensor(thresholds, torch.float32, batch, signals),
-        used=tensor(used, torch.bool, batch, signals),
+        thresholds=tensor(thresholds, torch.float32, batch, len(names)),
+        used=tensor(used, torch.bool, batch, len(names)),
         alpha=tensor([row.alpha for row in rows], torch.float32),
         min_thinking=tensor([row.min_thinking_tokens for row in rows], torch.int32),
         budget=tensor([NO_BUDGET if row.thinking_budget is None else row.thinking_budget for row in rows], torch.int32),

@@ -12,12 +12,12 @@ from transformers.generation.streamers import BaseStreamer
 from specexit.base import BaseModel
 from specexit.config import TreeConfig
 from specexit.drafts.base import Draft
-from specexit.exit import SIGNALS
 from specexit.output import RowStats, SignalTrace
 from specexit.prefill import first_token, observe_root, prefill
 from specexit.prompts import Prompts
 from specexit.step import Buffers, Choose, chain_form, decode_step
 from specexit_kernels import DecodeState, ExitReason, ExitRules, Finish
+from specexit_kernels.state import SIGNALS
 
 BUCKET = 64  # the cache grows in multiples of this many slots
 

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 
 from specexit.drafts.base import Draft
-from specexit.exit import SIGNALS, ExitConfig, markers_for, rules_for
+from specexit.exit import ExitConfig, markers_for, rules_for
 from specexit.prompts import Prompts
 from specexit.thinking import Markers, Tokenizer, count_thinking_tokens, is_thinking
 from specexit_kernels import ExitRules
+from specexit_kernels.state import SIGNALS
 
 Exit = ExitConfig | Sequence[ExitConfig]
 
@@ -60,11 +61,11 @@ class ExitPlanner:
             if not isinstance(config, ExitConfig):
                 raise TypeError(f"exit must be an ExitConfig, or one for each prompt, was {type(config).__name__}")
         lead = next((config for config in configs if config.active), configs[0] if configs else ExitConfig.off())
-        signals = 0
+        signals: Sequence[str] = ()
         if self.draft is not None:
             reads = any(config.enabled for config in configs)
             self.draft.select_source(lead.source if reads else None)
-            signals = self.draft.n_signals
+            signals = self.draft.signals
         markers = self.markers(lead)
         rows = [prompts.row(index) for index in range(batch)]
         assume = [config.assume_thinking for config in configs[:batch]]
@@ -93,12 +94,15 @@ class ExitPlanner:
     def default(self) -> ExitConfig:
         """The rule that was calibrated for the draft, or the default thresholds of the signals it has; no exit where
         there are no signals, or no tokenizer that knows the markers of thinking."""
-        if self.draft is None or self.tokenizer is None or self.draft.n_signals == 0:
+        if self.draft is None or self.tokenizer is None:
+            return ExitConfig.off()
+        self.draft.select_source("auto")
+        if not self.draft.signals:
             return ExitConfig.off()
         if "no_loss" in self.draft.calibration.get("thresholds_from_calibration", {}):
             config = ExitConfig.from_draft(self.draft.calibration)
         else:
-            absent: dict[str, Any] = dict.fromkeys(SIGNALS[self.draft.n_signals :])
+            absent: dict[str, Any] = dict.fromkeys(set(SIGNALS) - set(self.draft.signals))
             config = ExitConfig(**absent)
         try:
             self.markers(config)

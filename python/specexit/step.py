@@ -68,7 +68,7 @@ def decode_step(
     else:
         rows = chain_rows(features, path, config, buffers)
         signals = draft.observe(rows, state.run, state.lengths - state.n_pending - 1, state.n_pending)
-        decide_exit(signals[:, 1:, : state.signals], rules, state)
+        decide_exit(signals[:, 1:], rules, state)
         # After an exit the last position is the boundary's; `n_output` is its row, as row 0 is position L - 1 before.
         last = state.n_output.long().view(-1, 1, 1)
         buffers.last_features.copy_(rows.take_along_dim(last, 1).squeeze(1))

@@ -20,8 +20,8 @@ from specexit.cli.generate import Request
 from specexit.cli.loading import draft_rule, load_bundled, load_decoder, watching
 from specexit.cli.report import why_exit
 from specexit.cli.stream import ThinkingStreamer
-from specexit.exit import SIGNALS
 from specexit.output import RowStats
+from specexit_kernels.state import SIGNALS
 
 
 @dataclass(frozen=True)

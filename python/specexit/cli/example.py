@@ -10,8 +10,9 @@ from transformers import PreTrainedTokenizerBase
 from specexit.bundled import Problem
 from specexit.cli.comparison import Comparison, Solution
 from specexit.cli.plot import SignalCurves
-from specexit.exit import SIGNALS, ExitConfig
+from specexit.exit import ExitConfig
 from specexit.output import RowStats
+from specexit_kernels.state import SIGNALS
 
 
 @dataclass(frozen=True)

@@ -24,17 +24,21 @@ An n-gram drafter reads only tokens: `feature_layers = ()`, no signals, `observe
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from specexit.config import TreeConfig
+from specexit_kernels.state import SIGNALS
 
 
 class Candidates(NamedTuple):
-    """Tokens that may follow the root: the input of `build_tree`. C is the same in every step."""
+    """Tokens that may follow the root: the input of `build_tree`. C is the same in every step.
+
+    Where the tree is a chain they are that chain, each the parent of the next, whatever their scores.
+    """
 
     tokens: Tensor  # [B, C] int32, ids of the base's vocabulary
     scores: Tensor  # [B, C] float32: log-probability of the path from the root, never above the parent's; -inf: none
@@ -48,8 +52,8 @@ class Draft(Protocol):
     """
 
     @property
-    def n_signals(self) -> int:
-        """S: columns of what `observe` returns: 0, or the first S of confidence, progress, remaining."""
+    def signals(self) -> Sequence[str]:
+        """The exit signals that `observe` gives: those of confidence, progress, remaining, in this order."""
         ...
 
     @property
@@ -68,7 +72,7 @@ class Draft(Protocol):
         ...
 
     def select_source(self, source: str | None) -> None:
-        """Read signals from "fc", "output", or "auto", the best there is; None: read none. `n_signals` follows.
+        """Read signals from "fc", "output", or "auto", the best there is; None: read none. `signals` follows.
 
         Before `allocate`: which rows and cache are needed depends on it.
         Raises ValueError where the draft has no signals there.
@@ -105,7 +109,8 @@ class Draft(Protocol):
         start     [B] int32: the rows [0, start) are committed, and the R rows follow them
         last      [B] int32: index of the last valid row, 0 to R - 1. The rows after it are padding: whatever they
                   hold, valid rows do not see them, and a later call overwrites them
-        Returns the raw exit signals [B, R, S] float32, before any activation. NaN: this draft has no such signal.
+        Returns the raw exit signals [B, R, S] float32, before any activation: confidence, progress and remaining as
+        far as the last one of `signals`; S is `signal_columns(signals)`. One before it that is not there is NaN.
         """
         ...
 
@@ -116,3 +121,8 @@ class Draft(Protocol):
         lengths   [B] int32: the rows [0, lengths) are committed, the last observed one included
         """
         ...
+
+
+def signal_columns(signals: Sequence[str]) -> int:
+    """S: how many of SIGNALS, from the first on, hold all of `signals`."""
+    return max((SIGNALS.index(name) + 1 for name in signals), default=0)

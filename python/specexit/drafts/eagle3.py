@@ -21,11 +21,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from specexit.config import TreeConfig
-from specexit.drafts.base import Candidates
-from specexit.drafts.eagle3_config import ALL_SIGNALS, Eagle3Config, Source
+from specexit.drafts.base import Candidates, signal_columns
+from specexit.drafts.eagle3_config import Eagle3Config, Source
 from specexit.drafts.eagle3_workspace import Rows, Workspace
 from specexit.drafts.rope import RopeTable, rotate_
 from specexit_kernels import grow_beam, project_features, unchecked
+from specexit_kernels.state import SIGNALS
 
 
 class _Observed(NamedTuple):
@@ -44,7 +45,7 @@ class Eagle3Draft(nn.Module):
 
     embedding        the base's token embedding, used where it is and never copied
     own_embedding    `embedding` is the draft's own: it moves, and is saved, with the draft
-    source           where signals are read: "fc", "output" or "auto": the best there is. See `n_signals`
+    source           where signals are read: "fc", "output" or "auto": the best there is
     device, dtype    None: those of the embedding; a base's cannot be another's
     Raises ValueError where the embedding does not fit the config, or the source is not there.
     """
@@ -91,8 +92,8 @@ class Eagle3Draft(nn.Module):
         self.down_bias = weight(hidden) if config.mlp_bias else None
         self.norm = weight(hidden)
         self.lm_head = weight(config.draft_vocab_size, hidden)
-        self.exit_weight = None if config.exit_head is None else weight(ALL_SIGNALS, hidden)
-        self.exit_bias = None if config.exit_head is None else weight(ALL_SIGNALS)
+        self.exit_weight = None if config.exit_head is None else weight(len(SIGNALS), hidden)
+        self.exit_bias = None if config.exit_head is None else weight(len(SIGNALS))
         self.d2t: Tensor | None  # [Vd] int32: target id = draft id + d2t[draft id]; None: they are the same
         self.register_buffer("d2t", None)
         self.source: Source | None = config.resolve_source(source)
@@ -106,11 +107,10 @@ class Eagle3Draft(nn.Module):
         self._observed: _Observed | None = None
 
     @property
-    def n_signals(self) -> int:
-        """S: 3 on the layer's output; from fc, up to the last one that is there (the ones before it read as NaN)."""
+    def signals(self) -> tuple[str, ...]:
         if self.source == "fc":
-            return self.config.fc_signals[-1] + 1
-        return ALL_SIGNALS if self.source == "output" else 0
+            return self.config.fc_signals
+        return SIGNALS if self.source == "output" else ()
 
     @property
     def feature_layers(self) -> tuple[int, ...] | None:
@@ -168,13 +168,13 @@ class Eagle3Draft(nn.Module):
     def observe(self, features: Tensor, tokens: Tensor, start: Tensor, last: Tensor) -> Tensor:
         w = self._allocated()
         B, R = tokens.shape
-        H = self.config.hidden_size
+        H, S = self.config.hidden_size, signal_columns(self.signals)
         fc = self.fc_weight if self.source == "fc" else self.fc_weight[:H]
         feature, signals = self._project(features, fc)
-        if self.source == "fc" and signals.shape[-1] < self.n_signals:  # one signal alone, behind those it lacks
-            signals = F.pad(signals, (self.n_signals - signals.shape[-1], 0), value=float("nan"))
+        if self.source == "fc" and signals.shape[-1] < S:  # one signal alone, behind those it lacks
+            signals = F.pad(signals, (S - signals.shape[-1], 0), value=float("nan"))
         if self._reads_only_fc(w):
-            return signals.view(B, R, self.n_signals)
+            return signals.view(B, R, S)
         hidden = self._layer(tokens.flatten(), feature, *w.chain(start, R))
         at = (w.rows, last.long())
         if self.source == "output":  # one pass over lm_head gives the signals of all rows and the children of the last
@@ -185,7 +185,7 @@ class Eagle3Draft(nn.Module):
             hidden = hidden.view(B, R, H)[at]
             tokens, logprobs, _ = self._top(hidden, w.k)
         self._observed = _Observed(tokens, logprobs, hidden)
-        return signals.view(B, R, self.n_signals)
+        return signals.view(B, R, S)
 
     @torch.no_grad()
     def propose(self, root: Tensor, lengths: Tensor) -> Candidates:

@@ -13,16 +13,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 from specexit.drafts.rope import parse_rope
+from specexit_kernels.state import SIGNALS
 
-# Columns of (confidence, progress, remaining) that the rows of `fc` behind the hidden ones hold, in AngelSlim's names.
-FC_SIGNALS: dict[str | None, tuple[int, ...]] = {
+# The signals that the rows of `fc` behind the hidden ones hold, by AngelSlim's `early_stop_method`.
+FC_SIGNALS: dict[str | None, tuple[str, ...]] = {
     None: (),
-    "confidence": (0,),
-    "progress": (1,),
-    "remain": (2,),
-    "confidence_progress_remain": (0, 1, 2),
+    "confidence": ("confidence",),
+    "progress": ("progress",),
+    "remain": ("remaining",),
+    "confidence_progress_remain": SIGNALS,
 }
-ALL_SIGNALS = 3
 Source = Literal["fc", "output"]  # where exit signals are read: rows of the feature projection, or the layer's output
 ARCHITECTURES = ["LlamaForCausalLMEagle3"]
 
@@ -76,8 +76,8 @@ class Eagle3Config:
             raise ValueError(f"three feature layers are needed, were {list(self.feature_layers)}")
 
     @property
-    def fc_signals(self) -> tuple[int, ...]:
-        """Columns of (confidence, progress, remaining) that the last rows of `fc` hold."""
+    def fc_signals(self) -> tuple[str, ...]:
+        """The signals that the last rows of `fc` hold."""
         return FC_SIGNALS[self.early_stop_method]
 
     def resolve_source(self, source: str) -> Source | None:
