@@ -4,6 +4,8 @@ model that is afterwards what it was."""
 from __future__ import annotations
 
 import copy
+import math
+from typing import Any
 
 import pytest
 import torch
@@ -202,11 +204,42 @@ def test_decoder_of_another_model_is_refused(model: PreTrainedModel) -> None:
         model.generate(torch.tensor([[3, 4, 5]]), max_new_tokens=2, custom_generate=decoder)
 
 
-@pytest.mark.parametrize("temperature", [-0.5, float("nan"), float("inf")])
-def test_bad_temperature(model: PreTrainedModel, temperature: float) -> None:
+@pytest.mark.parametrize(
+    ("options", "error", "words"),
+    [
+        ({"temperature": -0.5}, ValueError, "temperature must be finite and at least 0, was -0.5"),
+        ({"temperature": math.nan}, ValueError, "temperature must be finite and at least 0, was nan"),
+        ({"temperature": math.inf}, ValueError, "temperature must be finite and at least 0, was inf"),
+        ({"temperature": "0"}, TypeError, "temperature must be a number, was str"),
+        ({"top_p": 3}, ValueError, "top_p must be between 0 and 1, was 3"),
+        ({"top_p": 0.0}, ValueError, "top_p must be above 0, was 0"),
+        ({"top_k": 2.5}, TypeError, "top_k must be an int, was float"),
+        ({"min_p": -1}, ValueError, "min_p must be between 0 and 1, was -1"),
+        ({"max_new_tokens": 3.5}, TypeError, "max_new_tokens must be an int, was float"),
+        ({"max_new_tokens": 2**31}, ValueError, r"max_new_tokens must be below 2\*\*31 - 1, was 2147483648"),
+        ({"eos_token_id": 2**40}, ValueError, "eos_token_id must be between .*, was 1099511627776"),
+        ({"eos_token_id": ["</s>"]}, TypeError, "eos_token_id must be an int, was str"),
+    ],
+)
+def test_bad_options(model: PreTrainedModel, options: dict[str, Any], error: type[Exception], words: str) -> None:
     decoder = SpecExitDecoder(model, exit=ExitConfig.off())
-    with pytest.raises(ValueError, match="temperature must be a finite number, 0"):
-        decoder.generate(torch.tensor([[3, 4, 5]]), max_new_tokens=2, temperature=temperature)
+    with pytest.raises(error, match=words):
+        decoder.generate(torch.tensor([[3, 4, 5]]), **{"max_new_tokens": 2, **options})
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "words"),
+    [
+        ({"exit": 0.8}, TypeError, "exit must be an ExitConfig, or one for each prompt, was float"),
+        ({"exit": [ExitConfig.off(), None]}, TypeError, "exit must be an ExitConfig, .*, was NoneType"),
+        ({"tree": 60}, TypeError, "tree must be a TreeConfig, was int"),
+        ({"capacity": 0}, ValueError, "capacity must be at least 1, was 0"),
+        ({"capacity": "1k"}, TypeError, "capacity must be an int, was str"),
+    ],
+)
+def test_bad_decoder(model: PreTrainedModel, options: dict[str, Any], error: type[Exception], words: str) -> None:
+    with pytest.raises(error, match=words):
+        SpecExitDecoder(model, **options)
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import pytest
 import torch
 from oracle_draft import OracleDraft
 from tiny_models import ARCHITECTURES, VOCAB, tiny_model
+from transformers import AutoModelForCausalLM, GPT2Config
 
 from specexit import ExitConfig, SpecExitDecoder, TreeConfig
 
@@ -64,3 +65,17 @@ def test_greedy_equals_generate(name: str, rng: torch.Generator) -> None:
                         assert stats.steps == NEW
                 deepest = max(deepest, *(max(stats.accepted) for stats in out.stats))
         assert deepest > 2, "no step accepted more than one draft token: acceptance was not exercised"
+
+
+@pytest.mark.parametrize("tree", TREES.values(), ids=TREES)
+def test_to_the_end_of_a_table_of_positions(tree: TreeConfig, rng: torch.Generator) -> None:
+    """Learned positions end where the text does: nodes that could not be emitted must not reach beyond."""
+    config = GPT2Config(vocab_size=VOCAB, n_embd=64, n_layer=6, n_head=4, n_positions=11 + NEW)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    model.generation_config.pad_token_id, model.generation_config.eos_token_id = 0, None
+    rows = prompts(rng, [11, 4])
+    ids, mask = pad(rows, "left")
+    new = greedy(model, rows)
+    draft = OracleDraft([row.tolist() + tokens for row, tokens in zip(rows, new, strict=True)])
+    decoder = SpecExitDecoder(model, draft, exit=ExitConfig.off(), tree=tree)
+    assert decoder.generate(ids, mask, max_new_tokens=NEW, temperature=0.0).new_tokens == new

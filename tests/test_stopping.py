@@ -273,7 +273,9 @@ def test_streamer_takes_one_prompt(model: PreTrainedModel) -> None:
     decoder = SpecExitDecoder(model, exit=ExitConfig.off())
     with pytest.raises(ValueError, match="streamer must be given one prompt, was given 2"):
         decoder.generate(torch.tensor([[3, 4], [5, 6]]), max_new_tokens=2, streamer=streamer)
-    assert streamer.calls == []
+    with pytest.raises(ValueError, match="max_new_tokens must be at least 1, was 0"):
+        decoder.generate(torch.tensor([[3, 4]]), max_new_tokens=0, streamer=streamer)
+    assert streamer.calls == ["end", "end"], "who waits for the text must not wait for ever"
 
 
 def test_text_from_another_thread() -> None:
@@ -319,11 +321,6 @@ def test_capacity_is_a_hard_limit(model: PreTrainedModel, tree: TreeConfig, rng:
             )
             with pytest.raises(ValueError, match=words):
                 alone.generate(prompt[0][None], max_new_tokens=NEW, temperature=0.0)
-
-
-def test_bad_capacity(model: PreTrainedModel) -> None:
-    with pytest.raises(ValueError, match="capacity must be at least 1, was 0"):
-        SpecExitDecoder(model, capacity=0)
 
 
 def test_cache_grows_over_several_buckets(rng: torch.Generator) -> None:

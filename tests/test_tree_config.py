@@ -29,7 +29,7 @@ def test_chain_has_its_length_below_the_root():
     [
         ({"nodes": 0}, "nodes must be between 1 and 256, was 0"),
         ({"nodes": 257}, "nodes must be between 1 and 256, was 257"),
-        ({"depth": 0}, "depth must be at least 1 where nodes > 1, was 0"),
+        ({"depth": 0}, "depth must be at least 1, was 0"),
         ({"top_k": 0}, "top_k must be between 1 and 16, was 0"),
         ({"top_k": 17}, "top_k must be between 1 and 16, was 17"),
     ],

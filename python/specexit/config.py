@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
+from specexit import checks
+
 MAX_NODES = 256  # verify_tree holds a node's ancestors in 256 bits
 MAX_TOP_K = 16
 
@@ -27,29 +31,26 @@ class TreeConfig:
     top_k: int = 10
 
     def __post_init__(self) -> None:
-        for name in ("nodes", "depth", "top_k"):
-            _check_int(name, getattr(self, name))
-        if not 1 <= self.nodes <= MAX_NODES:
-            raise ValueError(f"nodes must be between 1 and {MAX_NODES}, was {self.nodes}")
-        if self.nodes == 1:
-            return
-        if self.depth < 1:
-            raise ValueError(f"depth must be at least 1 where nodes > 1, was {self.depth}; see TreeConfig.none()")
-        if not 1 <= self.top_k <= MAX_TOP_K:
-            raise ValueError(f"top_k must be between 1 and {MAX_TOP_K}, was {self.top_k}")
+        checks.integer("nodes", self.nodes, 1, MAX_NODES)
+        tree = self.nodes > 1
+        checks.integer("depth", self.depth, 1 if tree else 0)
+        checks.integer("top_k", self.top_k, 1 if tree else 0, MAX_TOP_K if tree else None)
 
     @classmethod
     def chain(cls, length: int) -> TreeConfig:
         """The `length` most likely tokens in a row."""
-        _check_int("length", length)
-        if not 1 <= length < MAX_NODES:
-            raise ValueError(f"length must be between 1 and {MAX_NODES - 1}, was {length}")
+        checks.integer("length", length, 1, MAX_NODES - 1)
         return cls(nodes=length + 1, depth=length, top_k=1)
 
     @classmethod
     def none(cls) -> TreeConfig:
         """No speculation: one token a step. The draft then only reads signals."""
         return cls(nodes=1, depth=0, top_k=1)
+
+    @classmethod
+    def suited_to(cls, device: torch.device) -> TreeConfig:
+        """On a GPU a forward over 60 nodes costs what one over 1 does; on a CPU every node costs: a chain pays best."""
+        return cls() if device.type == "cuda" else cls.chain(8)
 
     @property
     def max_depth(self) -> int:
@@ -69,6 +70,8 @@ class TreeConfig:
         return self.top_k + self.top_k**2 * (self.max_depth - 1)
 
 
-def _check_int(name: str, value: object) -> None:
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"{name} must be an int, was {type(value).__name__}")
+def check_tree(tree: object) -> TreeConfig:
+    """Raise TypeError for what is no tree."""
+    if not isinstance(tree, TreeConfig):
+        raise TypeError(f"tree must be a TreeConfig, was {type(tree).__name__}")
+    return tree

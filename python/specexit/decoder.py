@@ -26,16 +26,17 @@ from transformers import (
 from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.generation.streamers import BaseStreamer
 
+from specexit import checks
 from specexit.base import BaseModel, probe
-from specexit.config import TreeConfig
+from specexit.config import TreeConfig, check_tree
 from specexit.drafts import Draft, load_draft
-from specexit.generation import check_generation_config, pad_id, split_criteria
+from specexit.generation import check_generation_config, ending, ids_of, pad_id, row_limits, split_criteria
 from specexit.loop import Request, decode
 from specexit.output import GenerateOutput, join_sequences
-from specexit.plan import Exit, ExitPlanner
+from specexit.plan import Exit, ExitPlanner, check_exit
 from specexit.processors import PathProcessor, check_processors, split_warpers
 from specexit.prompts import left_padded, pack_prompts
-from specexit.sampling import Sampler, row_seeds
+from specexit.sampling import Sampler, SamplingConfig, row_seeds
 from specexit.step import Choose
 
 Seed = int | Sequence[int] | None
@@ -71,13 +72,17 @@ class SpecExitDecoder:
                 f"draft must read features of {self.base.feature_size} numbers, from layers "
                 f"{self.base.feature_layers} of this base, was made for {draft.feature_size}"
             )
-        if capacity is not None and capacity < 1:
-            raise ValueError(f"capacity must be at least 1, was {capacity}")
+        if capacity is not None:
+            checks.integer("capacity", capacity, 1)
+        if tree is not None:
+            check_tree(tree)
+        if exit is not None:
+            check_exit(exit)
         probe(self.base)
         self.draft = draft
         self.tokenizer = tokenizer
         self.capacity = capacity
-        self.tree = tree or default_tree(self.base.device)
+        self.tree = tree or TreeConfig.suited_to(self.base.device)
         self.planner = ExitPlanner(draft, tokenizer, self.base.vocab_size)
         self.exit: Exit = self.planner.default() if exit is None else exit
 
@@ -158,54 +163,53 @@ class SpecExitDecoder:
         (in its default granularity) does not depend on how tokens were speculated.
         Raises TypeError or ValueError for an argument that is wrong, before anything is decoded.
         """
-        prompts = pack_prompts(input_ids, attention_mask, self.base.vocab_size)
-        if temperature is not None and not 0 <= temperature < float("inf"):
-            raise ValueError(f"temperature must be a finite number, 0 (greedy) or more, was {temperature}")
-        if max_new_tokens is not None and max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens must be at least 1, was {max_new_tokens}")
-        if not prompts.lengths:
-            return GenerateOutput(input_ids.long(), [], [])
-        options: dict[str, Any] = {
-            "max_new_tokens": max_new_tokens,
-            "eos_token_id": eos_token_id,
-            "logits_processor": logits_processor,
-            "stopping_criteria": stopping_criteria,
-            "top_p": top_p,
-            "top_k": top_k,
-            "min_p": min_p,
-        }
-        if temperature is not None:
-            options["do_sample"] = temperature > 0
-            if temperature > 0:
-                options["temperature"] = temperature
-        results: list[GenerateOutput] = []
+        with ending(streamer):
+            prompts = pack_prompts(input_ids, attention_mask, self.base.vocab_size)
+            SamplingConfig(0.0 if temperature is None else temperature, top_k, top_p, min_p)  # names what is wrong
+            if max_new_tokens is not None:
+                checks.integer("max_new_tokens", max_new_tokens, 1)
+            for index in ids_of(eos_token_id):
+                checks.integer("eos_token_id", index, -checks.INT32_MAX, checks.INT32_MAX)  # no id: it never comes
+            if not prompts.lengths:
+                return GenerateOutput(input_ids.long(), [], [])
+            options: dict[str, Any] = {
+                "max_new_tokens": max_new_tokens,
+                "eos_token_id": eos_token_id,
+                "logits_processor": logits_processor,
+                "stopping_criteria": stopping_criteria,
+                "top_p": top_p,
+                "top_k": top_k,
+                "min_p": min_p,
+            }
+            if temperature is not None:
+                options["do_sample"] = temperature > 0
+                if temperature > 0:
+                    options["temperature"] = temperature
+            results: list[GenerateOutput] = []
 
-        # transformers merges the generation_config and builds the processors and criteria, so that every option means
-        # here what it means there; then it calls this.
-        def run(
-            model: PreTrainedModel,
-            input_ids: Tensor,
-            logits_processor: LogitsProcessorList,
-            stopping_criteria: StoppingCriteriaList,
-            generation_config: GenerationConfig,
-            **model_kwargs: Any,
-        ) -> Tensor:
-            mask = model_kwargs.get("attention_mask")
-            results.append(
-                self._decode(
-                    input_ids, mask, logits_processor, stopping_criteria, generation_config, seed, streamer, exit, tree
-                )
-            )
-            return results[0].sequences
+            # transformers merges the generation_config and builds the processors and criteria, so that every option
+            # means here what it means there; then it calls this.
+            def run(
+                model: PreTrainedModel,
+                input_ids: Tensor,
+                logits_processor: LogitsProcessorList,
+                stopping_criteria: StoppingCriteriaList,
+                generation_config: GenerationConfig,
+                **rest: Any,
+            ) -> Tensor:
+                prepared = (logits_processor, stopping_criteria, generation_config)
+                mask = rest.get("attention_mask")
+                results.append(self._decode(input_ids, mask, *prepared, seed, streamer, exit, tree))
+                return results[0].sequences
 
-        pad = pad_id(self.model.generation_config)
-        ids, mask = (tensor.to(self.device) for tensor in left_padded(prompts, pad))
-        given = {name: value for name, value in options.items() if value is not None}
-        self.model.generate(input_ids=ids, attention_mask=mask, custom_generate=run, **given)
-        result = results[0]
-        # One row each, also where the generation_config asks for several sequences a prompt.
-        input_ids = input_ids.repeat_interleave(len(result.stats) // len(prompts.lengths), 0)
-        return GenerateOutput(join_sequences(input_ids, result.new_tokens, pad), result.new_tokens, result.stats)
+            pad = pad_id(self.model.generation_config)
+            ids, mask = (tensor.to(self.device) for tensor in left_padded(prompts, pad))
+            given = {name: value for name, value in options.items() if value is not None}
+            self.model.generate(input_ids=ids, attention_mask=mask, custom_generate=run, **given)
+            result = results[0]
+            # One row each, also where the generation_config asks for several sequences a prompt.
+            input_ids = input_ids.repeat_interleave(len(result.stats) // len(prompts.lengths), 0)
+            return GenerateOutput(join_sequences(input_ids, result.new_tokens, pad), result.new_tokens, result.stats)
 
     def __call__(
         self,
@@ -253,15 +257,15 @@ class SpecExitDecoder:
             return GenerateOutput(input_ids, [], [])
         if streamer is not None and input_ids.shape[0] > 1:
             raise ValueError(f"streamer must be given one prompt, was given {input_ids.shape[0]}")
-        tree = tree or self.tree
-        if not isinstance(tree, TreeConfig):
-            raise TypeError(f"tree must be a TreeConfig, was {type(tree).__name__}")
+        tree = self.tree if tree is None else check_tree(tree)
         if self.draft is None:  # which would grow it
             tree = TreeConfig.none()
         prompts = pack_prompts(input_ids.to(self.device), attention_mask, self.base.vocab_size)
-        stop_ids, longest, others = split_criteria(criteria, config)
+        stop_ids, longest, others = split_criteria(criteria, config, self.base.vocab_size)
         wanted = [length + longest - input_ids.shape[1] for length in prompts.lengths]
-        limits = self._limits(prompts.lengths, wanted, tree)
+        limits = row_limits(
+            prompts.lengths, wanted, positions=self.base.max_positions, capacity=self.capacity, nodes=tree.nodes
+        )
         plan = self.planner.plan(self.exit if exit is None else exit, prompts, stop_ids, self.device)
         seeds = row_seeds(seed, len(wanted))
         sampling, processors = split_warpers(list(processors), bool(config.do_sample))
@@ -284,38 +288,10 @@ class SpecExitDecoder:
         )
         if streamer is not None:
             streamer.put(input_ids.cpu())
-        try:
-            rows = decode(self.base, self.draft, tree, request)
-        finally:  # also after an error in a step: another thread may be waiting for the next token
-            if streamer is not None:
-                streamer.end()
+        rows = decode(self.base, self.draft, tree, request)
         new_tokens = [prefix[input_ids.shape[1] :] for prefix in prefixes]
         for index, row in enumerate(rows):
             row.thinking_tokens = plan.count_thinking(index, new_tokens[index])
             if row.finish_reason == "length" and limits[index] < wanted[index]:
                 row.finish_reason = "capacity"
         return GenerateOutput(join_sequences(input_ids, new_tokens, pad_id(config)), new_tokens, rows)
-
-    def _limits(self, lengths: list[int], wanted: list[int], tree: TreeConfig) -> list[int]:
-        """Where each row must end: as wanted, or where a hard capacity has no room for another tree."""
-        most = self.base.max_positions
-        if most is not None and max(wanted) > most:
-            raise ValueError(
-                f"input_ids and max_new_tokens must stay within {most} positions, was {max(wanted)}: past them "
-                f"{type(self.model).__name__} changes its rotary embedding (longrope) for the whole text"
-            )
-        if self.capacity is None:
-            return wanted
-        most = self.capacity - tree.nodes + 1
-        for length in lengths:
-            if length >= most:
-                raise ValueError(
-                    f"input_ids must leave room in the capacity of {self.capacity} slots for a tree of {tree.nodes} "
-                    f"nodes and one token: prompts up to {max(most - 1, 0)} tokens, was {length}"
-                )
-        return [min(limit, most) for limit in wanted]
-
-
-def default_tree(device: torch.device) -> TreeConfig:
-    """On a GPU a forward over 60 nodes costs what one over 1 does; on a CPU every node costs, so a chain pays best."""
-    return TreeConfig() if device.type == "cuda" else TreeConfig.chain(8)

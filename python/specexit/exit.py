@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import torch
 
+from specexit import checks
 from specexit.drafts.base import signal_columns
 from specexit.thinking import Markers, Tokenizer, paragraph_breaks, release_breaks, release_end, thinking_markers
 from specexit_kernels.state import NO_BUDGET, SIGNALS, ExitRules, Smoothing
@@ -78,7 +79,7 @@ class ExitConfig:
     def __post_init__(self) -> None:
         for name in SIGNALS:
             if getattr(self, name) is not None:
-                _check_number(name, getattr(self, name), 0.0, math.inf if name == "remaining" else 1.0)
+                checks.number(name, getattr(self, name), 0.0, math.inf if name == "remaining" else 1.0)
         if self.enabled and all(getattr(self, name) is None for name in SIGNALS):
             raise ValueError(
                 "confidence, progress and remaining must not all be None; to read no signal, enabled=False"
@@ -86,13 +87,13 @@ class ExitConfig:
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, was {getattr(self, name)!r}")
-        _check_number("alpha", self.alpha, 0.0, 1.0)
+        checks.number("alpha", self.alpha, 0.0, 1.0)
         if self.alpha == 0:
             raise ValueError("alpha must be above 0, was 0")
-        _check_count("window", self.window, 2 if self.smoothing == "momentum" else 1)
-        _check_count("min_thinking_tokens", self.min_thinking_tokens, 0)
+        checks.integer("window", self.window, 2 if self.smoothing == "momentum" else 1)
+        checks.integer("min_thinking_tokens", self.min_thinking_tokens, 0)
         if self.thinking_budget is not None:
-            _check_count("thinking_budget", self.thinking_budget, 1)
+            checks.integer("thinking_budget", self.thinking_budget, 1)
         for name in ("enabled", "hard_budget"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be a bool, was {type(getattr(self, name)).__name__}")
@@ -100,7 +101,10 @@ class ExitConfig:
             raise ValueError("hard_budget must come with a thinking_budget, was True without one")
         for name in ("boundary_ids", "start_ids", "end_ids", "force_ids"):
             if getattr(self, name) is not None:
-                object.__setattr__(self, name, _check_ids(name, getattr(self, name)))
+                found = checks.ids(name, getattr(self, name))
+                if not found and name != "start_ids":
+                    raise ValueError(f"{name} must hold at least one id, was empty")
+                object.__setattr__(self, name, found)
         if self.assume_thinking is not None and not isinstance(self.assume_thinking, bool):
             raise TypeError(f"assume_thinking must be a bool or None, was {type(self.assume_thinking).__name__}")
         if self.start_ids == () and self.assume_thinking is None:
@@ -272,31 +276,3 @@ def _check_markers(markers: Markers, vocabulary: int, active: Sequence[ExitConfi
         raise ValueError(f"start_ids must not end with end_ids, was {start} and {end}")
     if start and any(force[n : n + len(start)] == start for n in range(len(force))):
         raise ValueError(f"force_ids must not hold start_ids, was {force} and {start}")
-
-
-def _check_number(name: str, value: object, low: float, high: float) -> None:
-    if not isinstance(value, (int, float)) or isinstance(value, bool):
-        raise TypeError(f"{name} must be a number, was {type(value).__name__}")
-    if not (low <= value <= high and math.isfinite(value)):
-        bounds = f"between {low:g} and {high:g}" if math.isfinite(high) else f"finite and at least {low:g}"
-        raise ValueError(f"{name} must be {bounds}, was {value}")
-
-
-def _check_count(name: str, value: object, low: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"{name} must be an int, was {type(value).__name__}")
-    if not low <= value < NO_BUDGET:
-        raise ValueError(f"{name} must be at least {low} and below 2**31 - 1, was {value}")
-
-
-def _check_ids(name: str, value: object) -> tuple[int, ...]:
-    if isinstance(value, str) or not isinstance(value, Sequence):
-        raise TypeError(f"{name} must be a sequence of token ids, was {type(value).__name__}")
-    for index in value:
-        if not isinstance(index, int) or isinstance(index, bool):
-            raise TypeError(f"{name} must hold ints, was {type(index).__name__}")
-        if index < 0:
-            raise ValueError(f"{name} must hold ids of at least 0, was {index}")
-    if not value and name != "start_ids":
-        raise ValueError(f"{name} must hold at least one id, was empty")
-    return tuple(value)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from transformers import GenerationConfig, StoppingCriteriaList
 from transformers.generation import EosTokenCriteria, MaxLengthCriteria
+from transformers.generation.streamers import BaseStreamer
 
 _UNSUPPORTED = {
     "output_scores": "per-token scores are not kept",
@@ -29,9 +31,12 @@ def check_generation_config(config: GenerationConfig) -> None:
 
 
 def split_criteria(
-    criteria: StoppingCriteriaList, config: GenerationConfig
+    criteria: StoppingCriteriaList, config: GenerationConfig, vocabulary: int
 ) -> tuple[list[int], int, StoppingCriteriaList]:
-    """Stop ids and the maximal length (padding included), which the device checks, and the criteria in Python."""
+    """Stop ids and the maximal length (padding included), which the device checks, and the criteria in Python.
+
+    A configuration may name ids outside the vocabulary, which no model emits: they are left out.
+    """
     stops = set(ids_of(config.eos_token_id))
     longest = int(config.max_length or 0)
     rest = StoppingCriteriaList()
@@ -42,7 +47,36 @@ def split_criteria(
             stops.update(ids_of(criterion.eos_token_id.tolist()))
         else:
             rest.append(criterion)
-    return sorted(stops), longest, rest
+    return sorted(stop for stop in stops if 0 <= stop < vocabulary), longest, rest
+
+
+def row_limits(
+    lengths: Sequence[int], wanted: Sequence[int], *, positions: int | None, capacity: int | None, nodes: int
+) -> list[int]:
+    """Where each row must end: as wanted, or where a hard capacity has no room for another tree.
+
+    lengths    of the prompts
+    wanted     the longest that each row may become
+    positions  that the base may reach; None: any
+    capacity   cache slots a row; None: any
+    nodes      slots that a tree needs
+
+    Raises ValueError where a row cannot be decoded at all.
+    """
+    if positions is not None and max(wanted) > positions:
+        raise ValueError(
+            f"input_ids and max_new_tokens must stay within {positions} positions, was {max(wanted)}: past them "
+            "this base changes its rotary embedding (longrope) for the whole text"
+        )
+    if capacity is None:
+        return list(wanted)
+    most = capacity - nodes + 1
+    if max(lengths) >= most:
+        raise ValueError(
+            f"input_ids must leave room in the capacity of {capacity} slots for a tree of {nodes} "
+            f"nodes and one token: prompts up to {max(most - 1, 0)} tokens, was {max(lengths)}"
+        )
+    return [min(limit, most) for limit in wanted]
 
 
 def ids_of(value: int | Sequence[int] | None) -> list[int]:
@@ -58,3 +92,13 @@ def pad_id(config: GenerationConfig | None) -> int:
         if ids := ids_of(value):
             return ids[0]
     return 0
+
+
+@contextmanager
+def ending(streamer: BaseStreamer | None) -> Iterator[None]:
+    """End the stream after the block, after an error too: another thread may be waiting for the next token."""
+    try:
+        yield
+    finally:
+        if streamer is not None:
+            streamer.end()

@@ -41,6 +41,13 @@ class ExitPlan:
         return count_thinking_tokens(self.prompts[row], generated, self.markers, self.assume[row])
 
 
+def check_exit(exit: object) -> None:
+    """Raise TypeError for what is neither an ExitConfig nor a sequence of them."""
+    for config in exit if isinstance(exit, (list, tuple)) else [exit]:
+        if not isinstance(config, ExitConfig):
+            raise TypeError(f"exit must be an ExitConfig, or one for each prompt, was {type(config).__name__}")
+
+
 class ExitPlanner:
     """Makes plans for one decoder; what a tokenizer says of markers and boundaries is looked up once."""
 
@@ -56,10 +63,8 @@ class ExitPlanner:
         Raises TypeError for what is no ExitConfig, ValueError where the draft or the ids lack what the settings need.
         """
         batch = len(prompts.lengths)
+        check_exit(exit)
         configs = [exit] * batch if isinstance(exit, ExitConfig) else list(exit)
-        for config in configs:
-            if not isinstance(config, ExitConfig):
-                raise TypeError(f"exit must be an ExitConfig, or one for each prompt, was {type(config).__name__}")
         lead = next((config for config in configs if config.active), configs[0] if configs else ExitConfig.off())
         signals: Sequence[str] = ()
         if self.draft is not None:

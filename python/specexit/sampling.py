@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from specexit import checks
 from specexit_kernels import DecodeState, Tree, sample_targets
 
 _MASK = 2**64 - 1
@@ -23,7 +24,7 @@ _MASK = 2**64 - 1
 class SamplingConfig:
     """How a token is drawn; None switches a filter off, temperature 0 is greedy.
 
-    Raises ValueError for a value out of range.
+    Raises TypeError for what is no number, ValueError for one out of range.
     """
 
     temperature: float = 0.0
@@ -32,14 +33,15 @@ class SamplingConfig:
     min_p: float | None = None
 
     def __post_init__(self) -> None:
-        def check(name: str, valid: bool, wanted: str) -> None:
-            if not valid:
-                raise ValueError(f"{name} must be {wanted}, was {getattr(self, name)}")
-
-        check("temperature", 0 <= self.temperature < float("inf"), "a finite number, 0 (greedy) or more")
-        check("top_k", self.top_k is None or self.top_k >= 0, "0 or more")
-        check("top_p", self.top_p is None or 0 < self.top_p <= 1, "in (0, 1]")
-        check("min_p", self.min_p is None or 0 <= self.min_p <= 1, "in [0, 1]")
+        checks.number("temperature", self.temperature, 0)
+        if self.top_k is not None:
+            checks.integer("top_k", self.top_k, 0)
+        if self.top_p is not None:
+            checks.number("top_p", self.top_p, 0, 1)
+            if self.top_p == 0:
+                raise ValueError(f"top_p must be above 0, was {self.top_p}")
+        if self.min_p is not None:
+            checks.number("min_p", self.min_p, 0, 1)
 
 
 def row_seeds(seed: int | Sequence[int] | None, batch: int) -> list[int]:

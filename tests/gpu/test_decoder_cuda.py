@@ -61,3 +61,11 @@ def test_text_and_exits_do_not_depend_on_the_tree(decoder, prompts, temperature)
     assert outs[0].new_tokens == outs[1].new_tokens == outs[2].new_tokens
     assert exits[0] == exits[1] == exits[2]
     assert any(position is not None for position in exits[0])
+
+
+def test_ids_may_be_on_the_host(decoder, prompts):
+    options = {"max_new_tokens": 20, "temperature": 0.0, "exit": ExitConfig.off()}
+    expected = decoder.generate(prompts["input_ids"], prompts["attention_mask"], **options)
+    out = decoder.generate(prompts["input_ids"].cpu(), prompts["attention_mask"].cpu(), **options)
+    assert out.new_tokens == expected.new_tokens
+    assert out.sequences.tolist() == expected.sequences.tolist()

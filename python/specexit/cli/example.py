@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
@@ -12,6 +12,7 @@ from specexit.cli.comparison import Comparison, Solution
 from specexit.cli.plot import SignalCurves
 from specexit.exit import ExitConfig
 from specexit.output import RowStats
+from specexit.thinking import Markers
 from specexit_kernels.state import SIGNALS
 
 
@@ -65,7 +66,7 @@ def tell_one(comparison: Comparison, problems: Sequence[Problem]) -> Example:
         watched.stats[0],
         solutions[index],
         comparison.tokenizer,
-        comparison.markers.boundary,
+        comparison.markers,
         thresholds_of(comparison.exit),
     )
 
@@ -76,7 +77,7 @@ def tell(
     stats: RowStats,
     cut: Solution,
     tokenizer: PreTrainedTokenizerBase,
-    boundary_ids: Collection[int],
+    markers: Markers,
     thresholds: Mapping[str, float],
 ) -> Example:
     """Combine two decodings of one problem: `tokens` and `stats` without exit, with a signal trace, and `cut` with it.
@@ -87,7 +88,7 @@ def tell(
     if trace is None or cut.stats is None:
         raise ValueError("stats and cut must come from a decoder that reads exit signals")
     counts = [position - stats.prompt_tokens + 1 for position in trace.positions]
-    boundaries = [i for i, count in enumerate(counts) if tokens[count - 1] in boundary_ids]
+    boundaries = [i for i, count in enumerate(counts) if tokens[count - 1] in markers.boundary]
     paragraphs, start = [], 0
     for index in boundaries:
         text = tokenizer.decode(tokens[start : counts[index]], skip_special_tokens=True).strip()
@@ -95,14 +96,15 @@ def tell(
         paragraphs.append(Paragraph(text, counts[index], signals))
         start = counts[index]
     position = cut.stats.exit_position
-    title = "no exit"
+    title, answer = "no exit", cut.thinking + len(markers.end)
     if position is not None:
+        answer = cut.thinking + len(markers.force)
         title = f"thinking stopped after {cut.thinking} of {stats.thinking_tokens} tokens"
     return Example(
         name=problem.id,
         question=problem.question,
         paragraphs=paragraphs,
-        reply=tokenizer.decode(cut.tokens[cut.thinking + 1 :], skip_special_tokens=True).strip(),
+        reply=tokenizer.decode(cut.tokens[answer:], skip_special_tokens=True).strip(),
         thinking=cut.thinking,
         full_thinking=stats.thinking_tokens,
         reason=cut.stats.exit_reason,
