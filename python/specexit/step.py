@@ -2,6 +2,9 @@
 
 A step is a function of the model, the draft, the rules and a set of fixed-address buffers. Its shapes are static and
 it never asks the device for a value, so on a GPU it can be captured once and replayed.
+
+It begins with growing the tree that it verifies. So what it publishes is out before the next tree is grown, the last
+step grows none in vain, and no tree outlives its step.
 """
 
 from __future__ import annotations
