@@ -4,19 +4,21 @@ Rows and positions. A draft reads *rows*: row p of a sequence is the base's feat
 token at p + 1. So its committed rows are [0, L - 1) where the base has committed [0, L), and the row for position
 L - 1 is read with the *root*, the token that follows.
 
-Order of calls. `allocate` once; `read` over the prompt, in pieces; then in every decode step `observe` and, after the
-exit decision, `propose`:
+Order of calls. `allocate` once; `read` over the prompt, in pieces; `observe` of its last token; then in every decode
+step `propose` and, when the base has verified the tree, `observe`:
 
     draft.allocate(batch, capacity, tree, device, dtype)
     draft.read(features[:, 0:n], tokens[:, 1:n+1], start)             # rows 0 .. L-2 of the prompts
+    draft.observe(features, root, start, last)                        # row L-1
     while running:
+        candidates = draft.propose(root, lengths)                     # -> build_tree -> the base -> accept
         signals = draft.observe(features, run, start, last)           # rows L-1 .. : the root, then the accepted tokens
         ...                                                           # the exit decision; the row's root and length
-        candidates = draft.propose(root, lengths)                     # -> build_tree
 
 `read`, `observe` and `propose` never wait for the device, their shapes follow from those of their arguments, and their
 memory comes from `allocate` or from torch's allocator: a decode step can be captured in a CUDA graph. Anything that a
-drafter must know of a row it keeps in device memory; `propose` may use what the `observe` before it has left.
+drafter must know of a row it keeps in device memory, at addresses that stay from `allocate` to `grow`. That holds for
+what an `observe` leaves to the `propose` after it, too: on a GPU that is in the next replay.
 
 An n-gram drafter reads only tokens: `feature_layers = ()`, no signals, `observe` appends the run to its own history and
 `propose` looks the root up. A block drafter returns one chain of candidates, each the parent of the next.

@@ -14,7 +14,7 @@ grows in levels, each one pass of the layer over the k best tokens of the level 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -27,14 +27,6 @@ from specexit.drafts.eagle3_workspace import Rows, Workspace
 from specexit.drafts.rope import RopeTable, rotate_
 from specexit_kernels import grow_beam, project_features, unchecked
 from specexit_kernels.state import SIGNALS
-
-
-class _Observed(NamedTuple):
-    """What `observe` leaves for `propose`: the root's children, and the hidden state that stands for their features."""
-
-    tokens: Tensor  # [B, k] int32
-    logprobs: Tensor  # [B, k] float32
-    hidden: Tensor  # [B, H]
 
 
 class Eagle3Draft(nn.Module):
@@ -104,7 +96,6 @@ class Eagle3Draft(nn.Module):
         )
         self._token_map: Tensor | None = None
         self._workspace: Workspace | None = None
-        self._observed: _Observed | None = None
 
     @property
     def signals(self) -> tuple[str, ...]:
@@ -144,7 +135,6 @@ class Eagle3Draft(nn.Module):
         slots = capacity + self.slots(tree)
         self._workspace = Workspace(self.config, self._rope, batch, slots, tree, weight.device, dtype)
         self._token_map = self.d2t if self.d2t is not None and self.d2t.any() else None  # the identity costs nothing
-        self._observed = None
 
     def grow(self, slots: int) -> None:
         self._allocated().grow(slots)
@@ -184,7 +174,7 @@ class Eagle3Draft(nn.Module):
         else:
             hidden = hidden.view(B, R, H)[at]
             tokens, logprobs, _ = self._top(hidden, w.k)
-        self._observed = _Observed(tokens, logprobs, hidden)
+        w.keep(tokens, logprobs, hidden)
         return signals.view(B, R, S)
 
     @torch.no_grad()
@@ -193,9 +183,7 @@ class Eagle3Draft(nn.Module):
         B, k = w.batch, w.k
         if w.depth == 0:
             return Candidates(root.new_empty(B, 0), root.new_empty(B, 0, dtype=torch.float32), root.new_empty(B, 0))
-        if self._observed is None:
-            raise RuntimeError("propose needs an observe before it")
-        beam, scores, hidden = self._observed
+        beam, scores, hidden = w.kept()
         tokens, all_scores = [beam], [scores]
         beams: list[Tensor] = []
         hidden = hidden.unsqueeze(1).expand(-1, k, -1).flatten(0, 1)

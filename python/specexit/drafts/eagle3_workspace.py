@@ -73,6 +73,13 @@ class Workspace:
         )
         self._parents = parents[: tree.candidates].repeat(batch, 1)
 
+        # What an `observe` leaves for the `propose` after it, which on a GPU is in the next replay of the step: the
+        # root's children and their log-probabilities [B, k], and the hidden state that stands for their features.
+        self._children = torch.zeros(batch, k, dtype=torch.int32, device=device)
+        self._logprobs = torch.zeros(batch, k, dtype=torch.float32, device=device)
+        self._hidden = torch.zeros(batch, config.hidden_size, dtype=dtype, device=device)
+        self._has_observed = False
+
     def _hold(self, cache: Tensor) -> None:
         """Take `cache` [2, B, heads, slots, head_dim], and the rope table of the position of every slot."""
         self._cache = cache
@@ -110,6 +117,19 @@ class Workspace:
         rope = self.rope[rope_rows]
         store = (self._first_slot + slots.unsqueeze(3)).flatten(1)
         return [Rows(positions[i], store[i], rope[i], lengths) for i in range(self.levels)]
+
+    def keep(self, children: Tensor, logprobs: Tensor, hidden: Tensor) -> None:
+        """Leave what was observed to `propose`, at its fixed addresses."""
+        self._children.copy_(children)
+        self._logprobs.copy_(logprobs)
+        self._hidden.copy_(hidden)
+        self._has_observed = True
+
+    def kept(self) -> tuple[Tensor, Tensor, Tensor]:
+        """What the last `keep` left. Raises RuntimeError where there was none."""
+        if not self._has_observed:
+            raise RuntimeError("propose needs an observe before it")
+        return self._children, self._logprobs, self._hidden
 
     def chain_masks(self, lengths: Tensor) -> Sequence[Tensor | None]:
         """The masks of all levels of a chain, each [B, 1, slots]: they are known beforehand, and a CPU makes them in

@@ -1,0 +1,91 @@
+"""A decode step that was recorded once decodes on by replay: what a CUDA graph asks of it, tried on a CPU.
+
+The recording is the step's tensor operations with the tensors that they took, and nothing of its Python. A replay runs
+them again: tensors that the step made are made anew, all others are read and written where they were. So a step that
+kept a value in a Python variable, or in a tensor that it made, would go on from the recording's and not from the last.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from test_no_sync import SAMPLING, TREES, prompts
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from specexit import SpecExitDecoder, TreeConfig, bundled_pair, loop
+from specexit_kernels._op import OPS, Implementation
+
+
+class Recording(TorchDispatchMode):
+    """The operations that run inside it, in order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Any, Any, Any, Any]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        self.calls.append((func, args, kwargs or {}, out))  # holds every tensor, so that no id comes twice
+        return out
+
+    def replay(self) -> None:
+        made: dict[int, Tensor] = {}
+
+        def now(value: Any) -> Any:
+            return made.get(id(value), value) if isinstance(value, Tensor) else value
+
+        for func, args, kwargs, out in self.calls:
+            new = func(*tree_map(now, args), **tree_map(now, kwargs))
+            for old, value in zip(tree_leaves(out), tree_leaves(new), strict=True):
+                if isinstance(old, Tensor):
+                    made.setdefault(id(old), value)  # an operation in place returns what it was given
+
+
+class Replayed:
+    """Stands in for `decode_step`: two steps, a third that is recorded, and from then on the recording alone."""
+
+    def __init__(self, step: Callable[..., Tensor]) -> None:
+        self.step = step
+        self.recording: Recording | None = None
+        self.steps = self.replays = 0
+
+    def __call__(self, *args: Any) -> Tensor | None:
+        self.steps += 1
+        if self.recording is not None:
+            self.replays += 1
+            self.recording.replay()
+            return None
+        if self.steps < 3:
+            return self.step(*args)
+        self.recording = Recording()
+        with self.recording:
+            return self.step(*args)
+
+
+@pytest.mark.parametrize("options", SAMPLING.values(), ids=SAMPLING)
+@pytest.mark.parametrize("tree", TREES.values(), ids=TREES)
+def test_replay_decodes_the_same(tree: TreeConfig, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    pair = bundled_pair()
+    model = AutoModelForCausalLM.from_pretrained(pair.base, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(pair.base)
+    for op in OPS.values():  # the twins: what the CPU has of its own may read tensors
+        monkeypatch.setattr(op, "cpu", Implementation("torch", op.reference))
+    decoder = SpecExitDecoder.from_pretrained(model, pair.draft, tokenizer=tokenizer, tree=tree, capacity=420)
+    call = {**prompts(tokenizer), "max_new_tokens": 220 if tree.nodes > 1 else 60, **options}
+    expected = decoder.generate(**call)
+    replayed = Replayed(loop.decode_step)
+    monkeypatch.setattr(loop, "decode_step", replayed)
+    out = decoder.generate(**call)
+    assert replayed.replays > 20
+    assert out.new_tokens == expected.new_tokens
+    if tree.nodes > 1 and options["temperature"] == 0:
+        assert any(stats.exit_position is not None for stats in out.stats), "no exit was replayed"
+    for stats, reference in zip(out.stats, expected.stats, strict=True):
+        assert (stats.accepted, stats.exit_position) == (reference.accepted, reference.exit_position)
+        assert stats.finish_reason == reference.finish_reason
