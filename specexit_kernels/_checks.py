@@ -32,7 +32,7 @@ def tensor(
     like    the tensor whose device it must share
     Raises TypeError for a wrong type or dtype, ValueError for a wrong shape or device.
     """
-    # On a CPU these checks run some two hundred times a decode step, so what is right must pass quickly.
+    # On a CPU these checks run dozens of times a decode step, so what is right must pass quickly.
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor, was {type(value).__name__}")
     if value.dtype is not dtype and (isinstance(dtype, torch.dtype) or value.dtype not in dtype):

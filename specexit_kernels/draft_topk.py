@@ -107,6 +107,23 @@ def draft_topk(
     and a row without a softmax (all logits -inf, or one inf) has log-probability -inf throughout.
     Raises TypeError for a wrong type or dtype, ValueError for a wrong shape, stride, device or value.
     """
+    arguments = (hidden, norm_weight, eps, lm_head, k, exit_weight, exit_bias, token_map)
+    check_arguments(*arguments)
+    tokens, logprobs, signals = OP(*arguments, implementation=implementation)
+    return tokens, logprobs, signals
+
+
+def check_arguments(
+    hidden: Tensor,
+    norm_weight: Tensor,
+    eps: float,
+    lm_head: Tensor,
+    k: int,
+    exit_weight: Tensor | None = None,
+    exit_bias: Tensor | None = None,
+    token_map: Tensor | None = None,
+) -> None:
+    """What `draft_topk` asks of its arguments; raises as it says. See `specexit_kernels.unchecked`."""
     sizes: dict[str, int] = {}
     _checks.tensor("hidden", hidden, ("N", "H"), _checks.FLOATS_64, sizes)
     _checks.tensor("norm_weight", norm_weight, ("H",), hidden.dtype, sizes, hidden)
@@ -127,7 +144,3 @@ def draft_topk(
     if token_map is not None:
         _checks.tensor("token_map", token_map, ("Vd",), torch.int32, sizes, hidden)
         _checks.unit_stride("token_map", token_map)
-    tokens, logprobs, signals = OP(
-        hidden, norm_weight, eps, lm_head, k, exit_weight, exit_bias, token_map, implementation=implementation
-    )
-    return tokens, logprobs, signals

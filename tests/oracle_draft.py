@@ -46,9 +46,6 @@ class OracleDraft:
         if self.tell is not None and source is not None:
             self.signals = SIGNALS[: len(self.tell(0, 0))]
 
-    def slots(self, tree: TreeConfig) -> int:
-        return 0
-
     def allocate(
         self, batch: int, capacity: int, tree: TreeConfig, device: torch.device | str, dtype: torch.dtype
     ) -> None:

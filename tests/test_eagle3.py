@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from specexit.bundled import bundled_pair, load_problems
 from specexit.config import TreeConfig
 from specexit.drafts import Eagle3Draft, load_draft
+from specexit.drafts.rope import RopeTable
 from specexit_kernels.state import SIGNALS
 
 LLAMA3 = {
@@ -437,3 +438,16 @@ def test_bundled_draft_predicts_its_base():
     draft.observe(features[0, at].unsqueeze(1), root.unsqueeze(1), start, start * 0)
     guesses = draft.propose(root, start + 1).tokens[:, 0]
     assert (guesses == text[0, at + 2]).float().mean() > 0.85  # 0.95 over the whole test split
+
+
+def test_rope_table_is_kept_as_far_as_it_is_needed():
+    rope = RopeTable({"rope_type": "default", "rope_theta": 10000.0}, head_dim=4, max_position_embeddings=64)
+    cpu = torch.device("cpu")
+    first = rope.reach(10, cpu, torch.float32)
+    assert rope.reach(len(first), cpu, torch.float32) is first
+    longer = rope.reach(len(first) + 1, cpu, torch.float32)
+    assert len(longer) == 2 * len(first)
+    assert torch.equal(longer[: len(first)], first)
+    for dtype in (torch.float64, torch.float32, torch.float64):
+        assert rope.reach(10, cpu, dtype).dtype == dtype
+        assert len(rope.reach(10, cpu, dtype)) == len(longer), "another dtype needs no more positions"

@@ -67,6 +67,22 @@ def test_greedy_equals_generate(name: str, rng: torch.Generator) -> None:
         assert deepest > 2, "no step accepted more than one draft token: acceptance was not exercised"
 
 
+class TextOnly(OracleDraft):
+    """As an n-gram drafter: it reads tokens and no features. What it is given is checked in `observe`."""
+
+    feature_layers = ()
+
+
+def test_a_draft_without_features(rng: torch.Generator) -> None:
+    model = tiny_model("llama")
+    rows = prompts(rng, [9, 4])
+    ids, mask = pad(rows, "left")
+    new = greedy(model, rows)
+    draft = TextOnly([row.tolist() + tokens for row, tokens in zip(rows, new, strict=True)], hidden=0)
+    decoder = SpecExitDecoder(model, draft, exit=ExitConfig.off(), tree=TREES["12"])
+    assert decoder.generate(ids, mask, max_new_tokens=NEW, temperature=0.0).new_tokens == new
+
+
 @pytest.mark.parametrize("tree", TREES.values(), ids=TREES)
 def test_to_the_end_of_a_table_of_positions(tree: TreeConfig, rng: torch.Generator) -> None:
     """Learned positions end where the text does: nodes that could not be emitted must not reach beyond."""

@@ -12,6 +12,7 @@ import torch
 
 import specexit_kernels
 from specexit import ExitConfig, SpecExitDecoder, TreeConfig, attention, bundled_pair
+from specexit.drafts import eagle3
 from specexit_kernels import unchecked
 
 TREES = {"plain": TreeConfig.none(), "chain": TreeConfig.chain(3), "tree": TreeConfig(nodes=9, depth=3, top_k=2)}
@@ -55,17 +56,34 @@ def test_the_decoders_arguments_pass(tree: TreeConfig, signals: bool, monkeypatc
     assert (calls["draft_topk"] > 0) == (tree.nodes > 1 or signals)
 
 
-def test_the_probe_checks_what_the_base_gives(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_batch_begins_with_a_check(monkeypatch: pytest.MonkeyPatch) -> None:
 
-    seen = []
-    check = attention.check_arguments
+    seen: list[str] = []
+    for module, name in (
+        (attention, "check_arguments"),
+        (eagle3, "check_tree_attention"),
+        (eagle3, "check_draft_topk"),
+    ):
+        check = getattr(module, name)
 
-    def watch(*arguments: Any) -> None:
-        seen.append(arguments[0].shape)
-        check(*arguments)
+        def watch(*arguments: Any, name: str = name, check: Callable[..., None] = check) -> None:
+            seen.append(name)
+            check(*arguments)
 
-    monkeypatch.setattr(attention, "check_arguments", watch)
-    decoder = SpecExitDecoder.from_pretrained(bundled_pair().base)
-    assert len(seen) == decoder.base.config.num_hidden_layers
-    decoder.generate(torch.tensor([[1, 5, 9]]), max_new_tokens=2)
-    assert len(seen) == decoder.base.config.num_hidden_layers
+        monkeypatch.setattr(module, name, watch)
+    pair = bundled_pair()
+    decoder = SpecExitDecoder.from_pretrained(pair.base, pair.draft, tree=TreeConfig.chain(3))
+    layers = decoder.base.config.num_hidden_layers
+    assert seen == ["check_arguments"] * layers, "the probe"
+    for _ in range(2):
+        seen.clear()
+        decoder.generate(torch.tensor([[1, 5, 9]]), max_new_tokens=9)
+        assert seen == ["check_arguments"] * layers + ["check_tree_attention", "check_draft_topk"]
+
+
+def test_a_draft_that_was_altered_is_refused() -> None:
+    pair = bundled_pair()
+    decoder = SpecExitDecoder.from_pretrained(pair.base, pair.draft)
+    decoder.draft.lm_head = torch.nn.Parameter(decoder.draft.lm_head.t().contiguous().t(), requires_grad=False)
+    with pytest.raises(ValueError, match="lm_head must have stride 1 in its last axis"):
+        decoder.generate(torch.tensor([[1, 5, 9]]), max_new_tokens=9)

@@ -28,15 +28,15 @@ class TreeContext:
     positions  [B, T] int32
     visible    [B, T, W] int64
     span       no two nodes that see each other are further apart than this many positions
-    check      check what the model gives the op. All its forwards are alike in what can be wrong, so one is enough
+    check      check what the model gives the op
     """
 
-    def __init__(self, lengths: Tensor, positions: Tensor, visible: Tensor, span: int, *, check: bool = False) -> None:
+    def __init__(self, lengths: Tensor, positions: Tensor, visible: Tensor, span: int) -> None:
         self.lengths = lengths
         self.positions = positions
         self.visible = visible
         self.span = span
-        self.check = check
+        self.check = False
         self._windowed: dict[int, Tensor] = {}
         self._masks: dict[tuple[int | None, int], Tensor] = {}
 

@@ -44,6 +44,7 @@ class BaseModel:
                     f"feature_layers must be layers of the base (0 to {count - 1}), was {self.feature_layers}"
                 )
         self._features: dict[int, Tensor] = {}  # by layer, of the last forward
+        self._check = True  # what the model gives the attention, in the first forward of an `attached` block
         self._can_leave_logits_out = "logits_to_keep" in inspect.signature(model.forward).parameters
 
     @property
@@ -87,6 +88,7 @@ class BaseModel:
                 self.layers[index].register_forward_pre_hook(partial(self._read_feature, index), with_kwargs=True)
                 for index in set(self.feature_layers)
             ]
+            self._check = True
             try:
                 yield
             finally:
@@ -104,6 +106,7 @@ class BaseModel:
         """
         self._features.clear()
         cache.begin()
+        context.check, self._check = self._check, False
         options = {"logits_to_keep": 1} if last_logits and self._can_leave_logits_out else {}
         output = self.model(
             input_ids=tokens.long(),
@@ -116,7 +119,7 @@ class BaseModel:
         )
         # Taken now: a logits processor may run the model again.
         features = [self._features[index] for index in self.feature_layers]  # a layer may be named twice
-        return output.logits, torch.cat(features, -1) if features else output.logits[..., :0]
+        return output.logits, torch.cat(features, -1) if features else output.logits.new_empty(*tokens.shape, 0)
 
     def _read_feature(self, index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._features[index] = args[0] if args else kwargs["hidden_states"]
@@ -229,7 +232,7 @@ def probe(base: BaseModel) -> None:
             base.forward(prompt, chain_context(lengths, 8), cache, last_logits=True)
             lengths += 8
             positions = lengths.unsqueeze(1) + depth
-            context = TreeContext(lengths, positions, bits.pack(mask).unsqueeze(0), span=2, check=True)
+            context = TreeContext(lengths, positions, bits.pack(mask).unsqueeze(0), span=2)
             tree = base.forward(nodes, context, cache)[0][0, branch]
     except torch.OutOfMemoryError:
         raise

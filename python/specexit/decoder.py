@@ -169,7 +169,7 @@ class SpecExitDecoder:
             if max_new_tokens is not None:
                 checks.integer("max_new_tokens", max_new_tokens, 1)
             for index in ids_of(eos_token_id):
-                checks.integer("eos_token_id", index, -checks.INT32_MAX, checks.INT32_MAX)  # no id: it never comes
+                checks.integer("eos_token_id", index, -1)  # -1: none of the ids that a model emits
             if not prompts.lengths:
                 return GenerateOutput(input_ids.long(), [], [])
             options: dict[str, Any] = {
@@ -184,7 +184,7 @@ class SpecExitDecoder:
             if temperature is not None:
                 options["do_sample"] = temperature > 0
                 if temperature > 0:
-                    options["temperature"] = temperature
+                    options["temperature"] = float(temperature)
             results: list[GenerateOutput] = []
 
             # transformers merges the generation_config and builds the processors and criteria, so that every option
@@ -253,6 +253,8 @@ class SpecExitDecoder:
     ) -> GenerateOutput:
         """Decode what transformers prepared: left-padded ids, merged configuration, processors and criteria."""
         check_generation_config(config)
+        if torch.is_autocast_enabled(self.device.type):
+            raise RuntimeError("autocast must be off: the base and its cache have one dtype; load the model in another")
         if not input_ids.shape[0]:
             return GenerateOutput(input_ids, [], [])
         if streamer is not None and input_ids.shape[0] > 1:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+from torch import Tensor
 from transformers import GenerationConfig, StoppingCriteriaList
 from transformers.generation import EosTokenCriteria, MaxLengthCriteria
 from transformers.generation.streamers import BaseStreamer
@@ -79,11 +80,13 @@ def row_limits(
     return [min(limit, most) for limit in wanted]
 
 
-def ids_of(value: int | Sequence[int] | None) -> list[int]:
+def ids_of(value: int | Sequence[int] | Tensor | None) -> list[int]:
     """One id, several or none, as transformers' configurations give them."""
     if value is None:
         return []
-    return [value] if isinstance(value, int) else list(value)
+    if isinstance(value, Tensor):
+        return list(value.flatten().tolist())
+    return list(value) if isinstance(value, (list, tuple)) else [value]  # type: ignore[list-item]
 
 
 def pad_id(config: GenerationConfig | None) -> int:

@@ -98,7 +98,7 @@ class ExitPlanner:
 
     def default(self) -> ExitConfig:
         """The rule that was calibrated for the draft, or the default thresholds of the signals it has; no exit where
-        there are no signals, or no tokenizer that knows the markers of thinking."""
+        there are no signals, or no tokenizer that knows the markers of thinking. The draft selects its best signals."""
         if self.draft is None or self.tokenizer is None:
             return ExitConfig.off()
         self.draft.select_source("auto")

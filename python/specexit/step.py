@@ -88,7 +88,8 @@ def grow_tree(draft: Draft | None, config: TreeConfig, buffers: Buffers) -> Tree
         tokens, scores, parents = draft.propose(state.root, state.lengths)
     if buffers.chain is None:
         return build_tree(state.root, tokens, scores, parents, config.nodes, state.forced, state.n_forced)
-    # Of a chain there is nothing to choose. What follows the forced ids is a guess like any other.
+    # Of a chain there is nothing to choose. Behind the forced ids stands what the draft made of the text that was cut:
+    # a wrong guess, as an empty place would be.
     tokens = torch.cat([state.root.unsqueeze(1), tokens], 1)
     width = min(state.forced.shape[1], config.nodes)
     if width > 1:  # the first one is the root

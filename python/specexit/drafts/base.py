@@ -11,7 +11,7 @@ step `propose` and, when the base has verified the tree, `observe`:
     draft.read(features[:, 0:n], tokens[:, 1:n+1], start)             # rows 0 .. L-2 of the prompts
     draft.observe(features, root, start, last)                        # row L-1
     while running:
-        candidates = draft.propose(root, lengths)                     # -> build_tree -> the base -> accept
+        candidates = draft.propose(root, lengths)                     # -> a tree -> the base -> accept
         signals = draft.observe(features, run, start, last)           # rows L-1 .. : the root, then the accepted tokens
         ...                                                           # the exit decision; the row's root and length
 
@@ -37,7 +37,7 @@ from specexit_kernels.state import SIGNALS
 
 
 class Candidates(NamedTuple):
-    """Tokens that may follow the root: the input of `build_tree`. C is the same in every step.
+    """Tokens that may follow the root, for `build_tree`. C is the same in every step.
 
     Where the tree is a chain they are that chain, each the parent of the next, whatever their scores.
     """
@@ -81,10 +81,6 @@ class Draft(Protocol):
         """
         ...
 
-    def slots(self, tree: TreeConfig) -> int:
-        """Cache slots that a row needs beyond its longest committed length, for growing `tree`."""
-        ...
-
     def allocate(
         self, batch: int, capacity: int, tree: TreeConfig, device: torch.device | str, dtype: torch.dtype
     ) -> None:
@@ -119,7 +115,8 @@ class Draft(Protocol):
     def propose(self, root: Tensor, lengths: Tensor) -> Candidates:
         """Tokens that may follow the root.
 
-        root      [B] int32: the token of the last observed row
+        root      [B] int32: the token of the last observed row; after a cut another one, the first forced id. What a
+                  draft then makes of the dropped text is not accepted, and costs nothing but the one step
         lengths   [B] int32: the rows [0, lengths) are committed, the last observed one included
         """
         ...

@@ -26,7 +26,9 @@ from specexit.drafts.eagle3_config import Eagle3Config, Source
 from specexit.drafts.eagle3_workspace import Rows, Workspace
 from specexit.drafts.rope import RopeTable, rotate_
 from specexit_kernels import grow_beam, project_features, unchecked
+from specexit_kernels.draft_topk import check_arguments as check_draft_topk
 from specexit_kernels.state import SIGNALS
+from specexit_kernels.tree_attention import check_arguments as check_tree_attention
 
 
 class Eagle3Draft(nn.Module):
@@ -37,7 +39,8 @@ class Eagle3Draft(nn.Module):
 
     embedding        the base's token embedding, used where it is and never copied
     own_embedding    `embedding` is the draft's own: it moves, and is saved, with the draft
-    source           where signals are read: "fc", "output" or "auto": the best there is
+    source           where signals are read: "fc", "output" or "auto", the best there is. A decoder selects anew, by
+                     what its exit asks for
     device, dtype    None: those of the embedding; a base's cannot be another's
     Raises ValueError where the embedding does not fit the config, or the source is not there.
     """
@@ -118,10 +121,6 @@ class Eagle3Draft(nn.Module):
     def select_source(self, source: str | None) -> None:
         self.source = None if source is None else self.config.resolve_source(source)
 
-    def slots(self, tree: TreeConfig) -> int:
-        """A step's rows reach depth + 1 slots past the length, its levels top_k * (depth - 1)."""
-        return max(tree.max_depth + 1, tree.top_k * (tree.max_depth - 1))
-
     def allocate(
         self, batch: int, capacity: int, tree: TreeConfig, device: torch.device | str, dtype: torch.dtype
     ) -> None:
@@ -132,17 +131,22 @@ class Eagle3Draft(nn.Module):
             raise ValueError(f"dtype must be the draft's, {weight.dtype}, was {dtype}")
         if tree.max_depth and tree.top_k > self.config.draft_vocab_size:
             raise ValueError(f"top_k must be at most the draft's vocabulary, {self.config.draft_vocab_size}")
-        slots = capacity + self.slots(tree)
+        # A step's rows reach depth + 1 slots past the length, its levels top_k * (depth - 1).
+        slots = capacity + max(tree.max_depth + 1, tree.top_k * (tree.max_depth - 1))
+        if self._reads_only_fc(tree.max_depth):
+            slots = 0
         self._workspace = Workspace(self.config, self._rope, batch, slots, tree, weight.device, dtype)
         self._token_map = self.d2t if self.d2t is not None and self.d2t.any() else None  # the identity costs nothing
 
     def grow(self, slots: int) -> None:
-        self._allocated().grow(slots)
+        w = self._allocated()
+        if not self._reads_only_fc(w.depth):
+            w.grow(slots)
 
     @torch.no_grad()
     def read(self, features: Tensor, tokens: Tensor, start: Tensor) -> None:
         w = self._allocated()
-        if self._reads_only_fc(w):
+        if self._reads_only_fc(w.depth):
             return
         # Nothing of these rows but their keys and values is ever used: no attention, no MLP.
         config, width = self.config, self.config.num_attention_heads * self.config.head_dim
@@ -163,7 +167,7 @@ class Eagle3Draft(nn.Module):
         feature, signals = self._project(features, fc)
         if self.source == "fc" and signals.shape[-1] < S:  # one signal alone, behind those it lacks
             signals = F.pad(signals, (S - signals.shape[-1], 0), value=float("nan"))
-        if self._reads_only_fc(w):
+        if self._reads_only_fc(w.depth):
             return signals.view(B, R, S)
         hidden = self._layer(tokens.flatten(), feature, *w.chain(start, R))
         at = (w.rows, last.long())
@@ -238,9 +242,11 @@ class Eagle3Draft(nn.Module):
         rotate_(qkv[:, :, : heads + config.num_key_value_heads], rows.rope)
         w.store(qkv[:, :, heads:], rows.store)
         scale, query = config.head_dim**-0.5, qkv[:, :, :heads]
-        attended = unchecked.tree_attention(
-            query, w.keys, w.values, rows.lengths, rows.positions, visible, scale, None, None, None, None, mask
-        )
+        where = (rows.lengths, rows.positions, visible)
+        arguments = (query, w.keys, w.values, *where, scale, None, None, None, None, mask)
+        if w.fresh:
+            check_tree_attention(*arguments)
+        attended = unchecked.tree_attention(*arguments)
         hidden = _add_linear(residual, attended.view(len(tokens), -1), self.o_weight, self.o_bias)
         normed = F.rms_norm(hidden, hidden.shape[-1:], self.mlp_norm, config.rms_norm_eps)
         gate, up = F.linear(normed, self.gate_up_weight, self.gate_up_bias).chunk(2, -1)
@@ -251,9 +257,10 @@ class Eagle3Draft(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The k likeliest next tokens of each row [N, H], their log-probabilities, and the row's signals."""
         eps, token_map = self.config.rms_norm_eps, self._token_map
-        tokens, logprobs, signals = unchecked.draft_topk(
-            hidden, self.norm, eps, self.lm_head, k, exit_weight, exit_bias, token_map
-        )
+        arguments = (hidden, self.norm, eps, self.lm_head, k, exit_weight, exit_bias, token_map)
+        if self._allocated().fresh:
+            check_draft_topk(*arguments)
+        tokens, logprobs, signals = unchecked.draft_topk(*arguments)
         return tokens, logprobs.float(), signals.float()  # a float64 draft is scored as any other
 
     def _allocated(self) -> Workspace:
@@ -261,9 +268,9 @@ class Eagle3Draft(nn.Module):
             raise RuntimeError("the draft has no cache yet: call allocate first")
         return self._workspace
 
-    def _reads_only_fc(self, w: Workspace) -> bool:
+    def _reads_only_fc(self, depth: int) -> bool:
         """No tree to grow and no signal on the layer's output: the layer need not run, and there is no cache."""
-        return w.depth == 0 and self.source != "output"
+        return depth == 0 and self.source != "output"
 
 
 def _add_linear(x: Tensor, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -78,14 +78,14 @@ class Workspace:
         self._children = torch.zeros(batch, k, dtype=torch.int32, device=device)
         self._logprobs = torch.zeros(batch, k, dtype=torch.float32, device=device)
         self._hidden = torch.zeros(batch, config.hidden_size, dtype=dtype, device=device)
-        self._has_observed = False
+        self.fresh = True  # nothing has been observed since the allocation
 
     def _hold(self, cache: Tensor) -> None:
         """Take `cache` [2, B, heads, slots, head_dim], and the rope table of the position of every slot."""
         self._cache = cache
         self.keys, self.values = cache
         kinds, batch, heads, slots, _ = cache.shape
-        first = torch.arange(0, kinds * batch * heads * slots, slots, device=cache.device).view(kinds, batch, heads)
+        first = slots * torch.arange(kinds * batch * heads, device=cache.device).view(kinds, batch, heads)
         # The first slot of each row's keys and values, keys first, in the flattened cache.
         self._first_slot = first.transpose(0, 1).reshape(batch, 1, kinds * heads)
         self.rope = self._rope.reach(slots, cache.device, cache.dtype)
@@ -123,11 +123,11 @@ class Workspace:
         self._children.copy_(children)
         self._logprobs.copy_(logprobs)
         self._hidden.copy_(hidden)
-        self._has_observed = True
+        self.fresh = False
 
     def kept(self) -> tuple[Tensor, Tensor, Tensor]:
         """What the last `keep` left. Raises RuntimeError where there was none."""
-        if not self._has_observed:
+        if self.fresh:
             raise RuntimeError("propose needs an observe before it")
         return self._children, self._logprobs, self._hidden
 

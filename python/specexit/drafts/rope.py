@@ -86,7 +86,7 @@ class RopeTable:
         """The table of `positions` positions or more."""
         table = self._table
         if len(table) < positions or table.device != device or table.dtype != dtype:
-            rows = max(positions, 2 * len(table), 1024)
+            rows = max(positions, 2 * len(table) if len(table) < positions else len(table), 1024)
             self._table = rope_table(self._parameters, positions=rows, device=device, dtype=dtype, **self._options)
         return self._table
 
