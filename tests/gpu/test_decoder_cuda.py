@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from transformers import BatchEncoding
 
-from specexit import ExitConfig, SpecExitDecoder, TreeConfig
+from specexit import ExitConfig, SpecExitDecoder, TreeConfig, loop
 from specexit.bundled import bundled_pair, load_problems
 
 DEVICE = "cuda"
@@ -69,3 +72,41 @@ def test_ids_may_be_on_the_host(decoder, prompts):
     out = decoder.generate(prompts["input_ids"].cpu(), prompts["attention_mask"].cpu(), **options)
     assert out.new_tokens == expected.new_tokens
     assert out.sequences.tolist() == expected.sequences.tolist()
+
+
+class Captured:
+    """Stands in for `decode_step`: two steps, and from the third on replays of a CUDA graph of it."""
+
+    def __init__(self, step: Callable[..., Any]) -> None:
+        self.step = step
+        self.steps = 0
+        self.graph: torch.cuda.CUDAGraph | None = None
+
+    def __call__(self, *args: Any) -> None:
+        self.steps += 1
+        if self.steps < 3:
+            self.step(*args)
+            return
+        if self.graph is None:
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                self.step(*args)
+        self.graph.replay()
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("tree", TREES.values(), ids=TREES)
+def test_a_step_is_one_cuda_graph(tree, temperature, prompts, monkeypatch):
+    pair = bundled_pair()
+    decoder = SpecExitDecoder.from_pretrained(
+        pair.base, pair.draft, dtype=torch.float32, device=DEVICE, tree=tree, capacity=512
+    )
+    call = {**prompts, "max_new_tokens": NEW_TOKENS, "temperature": temperature, "seed": 1}
+    expected = decoder.generate(**call)
+    captured = Captured(loop.decode_step)
+    monkeypatch.setattr(loop, "decode_step", captured)
+    out = decoder.generate(**call)
+    assert captured.graph is not None
+    assert captured.steps > 10
+    assert out.new_tokens == expected.new_tokens
+    assert [row.exit_position for row in out.stats] == [row.exit_position for row in expected.stats]
