@@ -38,7 +38,7 @@ def build_tree_ref(
         # The first names the candidate before it, which such a row does not choose, and so hangs from the root.
         after_root = torch.arange(1, forced.shape[1], device=root.device)
         chain = (after_root + (count - 2)).to(torch.int32).expand(batch, -1)
-        due = torch.where(after_root < n_forced, 0.0, -math.inf)
+        due = scores.new_zeros(batch, after_root.numel()).masked_fill_(after_root >= n_forced, -math.inf)
         tokens, scores = torch.cat([tokens, forced[:, 1:]], 1), torch.cat([scores, due], 1)
         parents, count = torch.cat([parents, chain], 1), tokens.shape[1]
 
@@ -52,9 +52,9 @@ def build_tree_ref(
     above = pad(parents, (0, 1), value=-1).gather(1, chosen)
     parent = torch.searchsorted(chosen, above.long(), right=True)
 
-    link = torch.zeros(batch, nodes, nodes, device=root.device)
+    link = scores.new_zeros(batch, nodes, nodes)
     link[:, 1:].scatter_(2, parent.unsqueeze(2), 1.0)
-    identity = torch.eye(nodes, device=root.device)
+    identity = torch.eye(nodes, dtype=scores.dtype, device=root.device)
     seen = torch.linalg.solve_triangular(link, identity, upper=False, unitriangular=True).bool()
     depth = seen.sum(2, dtype=torch.int32).sub_(1)
     visible = bits.pack(seen)

@@ -27,7 +27,7 @@ def verify_tree_ref(
 
     # One unmatched ancestor outweighs all matched ones: the sum is a node's depth if it stands, negative if it does
     # not, and 0 for the root and for inert nodes, of which argmax takes the root, the first. Exact in fp32 and TF32.
-    weight = torch.where(matched[:, 1:], 1.0, -float(nodes))
+    weight = matched[:, 1:].float().mul_(nodes + 1).sub_(nodes)  # 1 or -T
     deepest = torch.bmm(seen[:, :, 1:].float(), weight.unsqueeze(2)).argmax(1)  # [B, 1]
 
     # Nodes are topologically ordered, so the visible bits of the deepest node, in order, are its path.

@@ -61,7 +61,7 @@ class OracleDraft:
 
     def observe(self, features: Tensor, tokens: Tensor, start: Tensor, last: Tensor) -> Tensor:
         assert features.shape == (*tokens.shape, self.feature_size)
-        raw = torch.full((*tokens.shape, signal_columns(self.signals)), float("nan"))
+        raw = torch.full((*tokens.shape, signal_columns(self.signals)), float("nan"), dtype=torch.float32)
         for row in range(tokens.shape[0]):
             for r in range(int(last[row]) + 1):
                 position, token = int(start[row]) + r, int(tokens[row, r])
@@ -102,6 +102,6 @@ class OracleDraft:
             beams = grown[:k]
         return (
             torch.tensor(tokens, dtype=torch.int32),
-            torch.tensor(scores),
+            torch.tensor(scores, dtype=torch.float32),
             torch.tensor(parents, dtype=torch.int32),
         )

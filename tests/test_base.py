@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
+
 import pytest
 import torch
 import transformers
@@ -10,7 +13,7 @@ from tiny_models import VOCAB, tiny_model
 from tolerances import assert_close
 from transformers import PreTrainedModel
 
-from specexit import ExitConfig, SpecExitDecoder, TreeConfig
+from specexit import ExitConfig, SpecExitDecoder, TreeConfig, bundled_pair
 from specexit.attention import chain_context
 from specexit.base import BaseModel, check_supported
 
@@ -282,3 +285,52 @@ def test_other_rotary_embeddings_have_no_switch() -> None:
     assert BaseModel(tiny_model("llama3_rope")).max_positions is None
     assert BaseModel(tiny_model("gemma3")).max_positions is None
     assert BaseModel(tiny_model("gpt2")).max_positions is None
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("Phimoe", {"num_local_experts": 2}),
+        ("Qwen2Moe", {"use_sliding_window": True, "layer_types": ["sliding_attention"] * 4, "num_experts": 4}),
+    ],
+)
+def test_a_window_that_only_the_mask_knows_is_refused(name: str, options: dict[str, object]) -> None:
+    """The probe's text is shorter than the window, so that only what the attention is called with tells."""
+    words = "the sliding window of 16 is not given to the attention of layer 0"
+    with pytest.raises(ValueError, match=words):
+        SpecExitDecoder(small(name, sliding_window=16, **options), exit=ExitConfig.off())
+    SpecExitDecoder(small(name, sliding_window=64, max_position_embeddings=64, **options), exit=ExitConfig.off())
+
+
+def test_modules_without_a_tokenizer_are_told_that_nothing_exits() -> None:
+    pair = bundled_pair()
+    model = transformers.AutoModelForCausalLM.from_pretrained(pair.base, dtype=torch.float32)
+    with pytest.warns(UserWarning, match="without a tokenizer .* the exit is off"):
+        decoder = SpecExitDecoder.from_pretrained(model, pair.draft)
+    assert decoder.exit == ExitConfig.off()
+
+
+def test_bases_that_cannot_be_loaded(tmp_path: Path) -> None:
+    pair = bundled_pair()
+    for name in ("config.json", "generation_config.json"):
+        shutil.copy(Path(pair.base) / name, tmp_path)
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(b"\xff" * 64)
+    with pytest.raises(ValueError, match=f"{tmp_path} cannot be read: .*header"):
+        SpecExitDecoder.from_pretrained(tmp_path)
+    weights.unlink()
+    model = transformers.AutoModelForCausalLM.from_pretrained(pair.base, dtype=torch.float32)
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    with pytest.raises(OSError, match=r"read with allow_pickle=True"):
+        SpecExitDecoder.from_pretrained(tmp_path)
+    decoder = SpecExitDecoder.from_pretrained(tmp_path, allow_pickle=True)  # and no tokenizer: ids will do
+    assert decoder.tokenizer is None
+    ids = torch.tensor([[1, 5, 9]])
+    assert torch.equal(
+        decoder.generate(ids, max_new_tokens=5, temperature=0.0).sequences,
+        model.generate(ids, max_new_tokens=5, do_sample=False),
+    )
+    with pytest.raises(TypeError, match="base must be a transformers model, was OptimizedModule"):
+        SpecExitDecoder.from_pretrained(torch.compile(model))
+    with pytest.raises(TypeError, match="draft must be a path, a hub id or a Draft, was int"):
+        SpecExitDecoder.from_pretrained(model, 5)

@@ -235,7 +235,7 @@ def test_damaged_safetensors(cut, tmp_path, rng):
         ),
         ("midlayer.hidden_norm.weight", (17,), r"hidden_norm\.weight must be \[16\] \(hidden_size in config\.json\)"),
         ("lm_head.weight", (40, 16), r"lm_head\.weight must be \[13, 16\] \(draft_vocab_size, hidden_size"),
-        ("exit_head.weight", (1, 16), r"exit_head\.weight must be \[3, 16\] \(3 signals, hidden_size"),
+        ("exit_head.weight", (1, 16), r"exit_head\.weight must be \[3, 16\] \(exit_head: 3 signals, hidden_size"),
         ("d2t", (40,), r"d2t must be \[13\] \(draft_vocab_size in config\.json\), was \[40\]"),
         ("t2d", (13,), r"t2d must be \[40\] \(vocab_size in config\.json\), was \[13\]"),
         ("embed_tokens.weight", (40, 17), r"embed_tokens\.weight must be \[40, 16\] \(vocab_size, hidden_size"),
@@ -257,7 +257,8 @@ def test_missing_and_unexpected_tensors_are_named(tmp_path, rng):
     tensors["midlayer.self_attn.q_norm.weight"] = torch.ones(6)
     folder = write_checkpoint(tmp_path, CONFIG, tensors)
     message = (
-        r"missing: midlayer\.self_attn\.q_proj\.weight, norm\.weight; unexpected: midlayer\.self_attn\.q_norm\.weight"
+        r"missing: midlayer\.self_attn\.q_proj\.weight \[.*\), norm\.weight \[16\] \(hidden_size\); "
+        r"unexpected: midlayer\.self_attn\.q_norm\.weight"
     )
     with pytest.raises(ValueError, match=message):
         load(folder)
@@ -271,7 +272,7 @@ def test_bias_that_the_config_does_not_know(tmp_path, rng):
 
 def test_exit_head_that_is_only_promised(tmp_path, rng):
     tensors = random_tensors(CONFIG | {"exit_head": None}, rng, torch.float32)
-    with pytest.raises(ValueError, match=r"missing: exit_head\.bias, exit_head\.weight"):
+    with pytest.raises(ValueError, match=r"missing: exit_head\.bias \[3\] \(exit_head: 3 signals\), exit_head\.weight"):
         load(write_checkpoint(tmp_path, CONFIG, tensors))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import math
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from test_lossless import pad, prompts
 from tiny_models import VOCAB, tiny_model
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 from transformers.generation import GenerateDecoderOnlyOutput
+from transformers.generation.streamers import BaseStreamer
 
 from specexit import ExitConfig, SpecExitDecoder, TreeConfig
 
@@ -311,3 +313,72 @@ def test_training_mode_is_set_aside(rng: torch.Generator) -> None:
     decoder = SpecExitDecoder(model, OracleDraft([expected]), exit=ExitConfig.off(), tree=TREE)
     assert decoder.generate(rows[0][None], max_new_tokens=NEW, temperature=0.0).sequences[0].tolist() == expected
     assert footprint(model) == before
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"pixel_values": torch.zeros(1, 3, 4, 4)}, "pixel_values must not be given: the base is driven by token ids"),
+        ({"token_type_ids": torch.zeros(1, 3, dtype=torch.long)}, "token_type_ids must not be given"),
+        ({"position_ids": torch.tensor([[4, 5, 6]])}, "position_ids must be left out"),
+    ],
+)
+def test_inputs_besides_the_ids_are_refused(model: PreTrainedModel, given: dict[str, Any], words: str) -> None:
+    """Whatever `generate` accepts for the model: decoding as if it were not there would be another text."""
+    decoder = SpecExitDecoder(model, exit=ExitConfig.off())
+    call = {"generation_config": None, "logits_processor": None, "stopping_criteria": None, **given}
+    with pytest.raises(ValueError, match=words):
+        decoder(model, torch.tensor([[3, 4, 5]]), **{**call, "generation_config": model.generation_config})
+
+
+def test_streaming_through_generate(model: PreTrainedModel) -> None:
+    class Streamer(BaseStreamer):
+        def __init__(self) -> None:
+            self.calls: list[Any] = []
+
+        def put(self, value: torch.Tensor) -> None:
+            self.calls.append(value.flatten().tolist())
+
+        def end(self) -> None:
+            self.calls.append("end")
+
+    decoder = SpecExitDecoder(model, exit=ExitConfig.off())
+    ids, streamer = torch.tensor([[3, 4, 5]]), Streamer()
+    out = model.generate(ids, max_new_tokens=4, do_sample=False, custom_generate=decoder.streaming(streamer), seed=1)
+    assert streamer.calls == [[3, 4, 5], *([token] for token in out[0, 3:].tolist()), "end"]
+    with pytest.raises(TypeError, match="streamer must have put and end as transformers' have, was int"):
+        decoder.generate(ids, max_new_tokens=4, streamer=3)
+
+
+@pytest.mark.parametrize("new", [2**31 - 3, 2**31 - 2])
+def test_no_limit_is_too_long(model: PreTrainedModel, new: int) -> None:
+    decoder = SpecExitDecoder(model, exit=ExitConfig.off())
+    text = decoder.generate(torch.tensor([[3, 4, 5]]), max_new_tokens=NEW, temperature=0.0).new_tokens[0]
+    out = decoder.generate(torch.tensor([[3, 4, 5]]), max_new_tokens=new, temperature=0.0, eos_token_id=text[3])
+    assert out.new_tokens[0] == text[: text.index(text[3]) + 1]
+    ids = model.generate(torch.tensor([[3, 4, 5]]), max_new_tokens=2**40, custom_generate=decoder, eos_token_id=text[3])
+    assert ids[0, 3:].tolist() == out.new_tokens[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("tree", [TreeConfig.none(), TreeConfig.chain(3), TREE], ids=["plain", "chain", "tree"])
+def test_the_default_dtype_does_not_matter(model: PreTrainedModel, dtype: torch.dtype, tree: TreeConfig) -> None:
+    ids = torch.tensor([[3, 4, 5]])
+    expected = texts(model, [ids[0]])[0]
+    decoder = SpecExitDecoder(model, OracleDraft([expected]), exit=ExitConfig.off(), tree=tree)
+    torch.set_default_dtype(dtype)
+    try:
+        out = decoder.generate(ids, max_new_tokens=NEW, temperature=0.0)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert out.sequences[0].tolist() == expected
+
+
+def test_two_threads_take_turns(model: PreTrainedModel) -> None:
+    decoder = SpecExitDecoder(model, exit=ExitConfig.off())
+    prompts_ = [torch.tensor([[3, 4, 5 + index]]) for index in range(4)]
+    options = {"max_new_tokens": NEW, "temperature": 0.0}
+    expected = [decoder.generate(ids, **options).new_tokens for ids in prompts_]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda ids: decoder.generate(ids, **options).new_tokens, prompts_ * 3))
+    assert found == expected * 3

@@ -80,7 +80,9 @@ def test_defaults_that_configs_leave_out():
         ({"rope_scaling": {"rope_type": "spiral"}}, "rope type 'spiral' is not one of"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 2.0}}, "rope parameters .* cannot be used"),
         ({"rope_scaling": 2.0}, "rope_scaling must be an object, was 2.0"),
-        ({"rope_theta": "big"}, "rope parameters .* cannot be used"),
+        ({"rope_theta": "big"}, "rope_theta must be a positive number, was 'big'"),
+        ({"rope_theta": 0}, "rope_theta must be a positive number, was 0"),
+        ({"exit_head": {"thresholds_from_calibration": 7}}, "thresholds_from_calibration must be an object of objects"),
     ],
 )
 def test_config_that_cannot_be_is_refused_by_key(changes, message, tmp_path):

@@ -80,8 +80,8 @@ def test_frozen_and_comparable() -> None:
         ({"smoothing": "ema"}, ValueError, "smoothing must be one of none, ewma, window, momentum, was 'ema'"),
         ({"granularity": "word"}, ValueError, "granularity must be one of token, step, was 'word'"),
         ({"source": "head"}, ValueError, "source must be one of auto, fc, output, was 'head'"),
-        ({"window": 0}, ValueError, "window must be at least 1, was 0"),
-        ({"window": 1, "smoothing": "momentum"}, ValueError, "window must be at least 2, was 1"),
+        ({"window": 0}, ValueError, "window must be between 1 and 1024, was 0"),
+        ({"window": 1, "smoothing": "momentum"}, ValueError, "window must be between 2 and 1024, was 1"),
         ({"window": 4.0}, TypeError, "window must be an int, was float"),
         ({"min_thinking_tokens": -1}, ValueError, "min_thinking_tokens must be at least 0"),
         ({"min_thinking_tokens": True}, TypeError, "min_thinking_tokens must be an int, was bool"),
@@ -228,14 +228,17 @@ def test_markers_of_tokenizer_and_settings() -> None:
 
 def test_default_rule_is_the_calibrated_one_or_that_of_the_signals() -> None:
     known, draft = tokenizer("<think>", "</think>", "\n\n"), OracleDraft([[3]], signals=lambda position, token: [0.0])
-    assert ExitPlanner(draft, known, V).default() == ExitConfig(progress=None, remaining=None)
+    assert ExitPlanner(draft, known, len(known)).default() == ExitConfig(progress=None, remaining=None)
     draft.calibration = {"meaning": "of each signal"}  # says something, but holds no rule
-    assert ExitPlanner(draft, known, V).default() == ExitConfig(progress=None, remaining=None)
+    assert ExitPlanner(draft, known, len(known)).default() == ExitConfig(progress=None, remaining=None)
     draft.calibration = {"thresholds_from_calibration": {"no_loss": {"conf": 0.6}}}
-    assert ExitPlanner(draft, known, V).default() == ExitConfig.from_draft(draft.calibration)
+    assert ExitPlanner(draft, known, len(known)).default() == ExitConfig.from_draft(draft.calibration)
     assert ExitPlanner(draft, None, V).default() == ExitConfig.off()
     draft.select_source(None)  # as a batch without exit leaves it
-    assert ExitPlanner(draft, known, V).default() == ExitConfig.from_draft(draft.calibration)
+    assert ExitPlanner(draft, known, len(known)).default() == ExitConfig.from_draft(draft.calibration)
+    draft.calibration = {}
+    lines = tokenizer("<think>", "</think>")  # no token ends a paragraph
+    assert ExitPlanner(draft, lines, len(lines)).default() == ExitConfig.off()
 
 
 def test_markers_without_a_tokenizer_or_in_one_without_markers() -> None:

@@ -28,7 +28,7 @@ class TreeContext:
     positions  [B, T] int32
     visible    [B, T, W] int64
     span       no two nodes that see each other are further apart than this many positions
-    check      check what the model gives the op
+    check      check what the model gives the op, and note in `windows` what it says of each layer's
     """
 
     def __init__(self, lengths: Tensor, positions: Tensor, visible: Tensor, span: int) -> None:
@@ -37,6 +37,7 @@ class TreeContext:
         self.visible = visible
         self.span = span
         self.check = False
+        self.windows: dict[int, int | None] = {}
         self._windowed: dict[int, Tensor] = {}
         self._masks: dict[tuple[int | None, int], Tensor] = {}
 
@@ -104,6 +105,7 @@ def specexit_attention(
     )
     if specexit.check:
         check_arguments(*arguments)
+        specexit.windows[getattr(module, "layer_idx", len(specexit.windows))] = sliding_window
     return unchecked.tree_attention(*arguments), None
 
 

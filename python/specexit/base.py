@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -204,6 +205,26 @@ def rope_parameters(config: PretrainedConfig) -> list[dict[str, Any]]:
     return [nested for nested in parameters.values() if isinstance(nested, dict)] or [parameters]
 
 
+def check_windows(base: BaseModel, given: Mapping[int, int | None]) -> None:
+    """Refuse a model whose sliding window reaches its attention through a mask alone: we bring our own mask, and a text
+    shorter than the window, as the probe's is, would not show it. Raises ValueError.
+
+    given  by layer, the window that its attention was called with
+    """
+    config = base.config
+    window, types = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
+    if not window or getattr(config, "use_sliding_window", None) is False:
+        return
+    if window >= (getattr(config, "max_position_embeddings", None) or math.inf):
+        return  # longer than any text
+    for layer in range(len(base.layers)):
+        if given.get(layer) is None and (types is None or types[layer] == "sliding_attention"):
+            raise ValueError(
+                f"{type(base.model).__name__} is not supported: the sliding window of {window} is not given to the "
+                f"attention of layer {layer}"
+            )
+
+
 # How far the logits of a tree may lie from those of a linear forward, relative to the largest logit. A wrong mask or
 # position moves them by tenths; rounding by less than this.
 PROBE_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 1e-1}
@@ -229,7 +250,8 @@ def probe(base: BaseModel) -> None:
     try:
         with base.attached():
             cache = base.new_cache(lengths, 16)
-            base.forward(prompt, chain_context(lengths, 8), cache, last_logits=True)
+            first = chain_context(lengths, 8)
+            base.forward(prompt, first, cache, last_logits=True)
             lengths += 8
             positions = lengths.unsqueeze(1) + depth
             context = TreeContext(lengths, positions, bits.pack(mask).unsqueeze(0), span=2)
@@ -238,6 +260,7 @@ def probe(base: BaseModel) -> None:
         raise
     except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as failure:
         raise ValueError(f"{type(model).__name__} is not supported: it fails over a token tree: {failure}") from failure
+    check_windows(base, first.windows)
     error = ((tree - linear).abs().max() / linear.abs().max()).item()
     if not error <= PROBE_TOLERANCE[linear.dtype]:
         raise ValueError(

@@ -9,14 +9,15 @@ thinking.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
+from functools import partial
+from threading import RLock
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
     GenerationConfig,
     LogitsProcessorList,
     PreTrainedModel,
@@ -27,10 +28,19 @@ from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.generation.streamers import BaseStreamer
 
 from specexit import checks
-from specexit.base import BaseModel, probe
+from specexit.base import BaseModel, check_supported, probe
 from specexit.config import TreeConfig, check_tree
 from specexit.drafts import Draft, load_draft
-from specexit.generation import check_generation_config, ending, ids_of, pad_id, row_limits, split_criteria
+from specexit.generation import (
+    check_generation_config,
+    check_model_kwargs,
+    ending,
+    ids_of,
+    pad_id,
+    row_limits,
+    split_criteria,
+)
+from specexit.loading import load_base, load_tokenizer
 from specexit.loop import Request, decode
 from specexit.output import GenerateOutput, join_sequences
 from specexit.plan import Exit, ExitPlanner, check_exit
@@ -66,6 +76,8 @@ class SpecExitDecoder:
         tokenizer: PreTrainedTokenizerBase | None = None,
         capacity: int | None = None,
     ) -> None:
+        if draft is not None and not (hasattr(draft, "propose") and hasattr(draft, "observe")):
+            raise TypeError(f"draft must be a path, a hub id or a Draft, was {type(draft).__name__}")
         self.base = BaseModel(model, () if draft is None else draft.feature_layers)
         if draft is not None and draft.feature_size != self.base.feature_size:
             raise ValueError(
@@ -85,6 +97,13 @@ class SpecExitDecoder:
         self.tree = tree or TreeConfig.suited_to(self.base.device)
         self.planner = ExitPlanner(draft, tokenizer, self.base.vocab_size)
         self.exit: Exit = self.planner.default() if exit is None else exit
+        self._lock = RLock()  # model and draft hold one batch at a time
+        if exit is None and tokenizer is None and draft is not None and draft.signals:
+            warnings.warn(
+                "the draft has exit signals, but without a tokenizer nothing tells where thinking and its paragraphs "
+                "end: the exit is off. Give tokenizer=, or exit= with the ids or as ExitConfig.off()",
+                stacklevel=2,
+            )
 
     @classmethod
     def from_pretrained(
@@ -103,18 +122,17 @@ class SpecExitDecoder:
         dtype         of a base that is loaded here; None: as the checkpoint stores it on a GPU, float32 on a CPU (where
                       bfloat16 is slow)
         device        where it goes; None: the GPU if there is one
-        allow_pickle  accept a draft that is not stored as safetensors
+        allow_pickle  accept a base or a draft that is not stored as safetensors
         options       those of the constructor: tree, exit, capacity
         """
-        if isinstance(base, PreTrainedModel):
+        if isinstance(base, (str, os.PathLike)):
+            model = load_base(base, dtype, device, allow_pickle)
+            tokenizer = tokenizer or load_tokenizer(base)
+        else:
             if dtype is not None or device is not None:
                 raise ValueError("dtype and device must be None for a base that is loaded: it stays as it is")
+            check_supported(base)
             model = base
-        else:
-            place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-            wanted = dtype or (torch.float32 if place.type == "cpu" else "auto")
-            model = AutoModelForCausalLM.from_pretrained(base, dtype=wanted).to(place).eval()
-            tokenizer = tokenizer or AutoTokenizer.from_pretrained(base)
         if isinstance(draft, (str, os.PathLike)):
             embedding = model.get_input_embeddings()
             weight = embedding.weight
@@ -163,7 +181,7 @@ class SpecExitDecoder:
         (in its default granularity) does not depend on how tokens were speculated.
         Raises TypeError or ValueError for an argument that is wrong, before anything is decoded.
         """
-        with ending(streamer):
+        with ending(streamer), self._lock:
             prompts = pack_prompts(input_ids, attention_mask, self.base.vocab_size)
             SamplingConfig(0.0 if temperature is None else temperature, top_k, top_p, min_p)  # names what is wrong
             if max_new_tokens is not None:
@@ -221,23 +239,29 @@ class SpecExitDecoder:
         seed: Seed = None,
         exit: Exit | None = None,
         tree: TreeConfig | None = None,
+        streamer: BaseStreamer | None = None,
         **model_kwargs: Any,
     ) -> GenerateDecoderOnlyOutput | Tensor:
         """The decoding method of `model.generate(..., custom_generate=decoder)`; `seed`, `exit` and `tree` may be given
-        there as well. transformers does not pass its streamer on: use `decoder.generate` to stream."""
+        there as well. transformers keeps its streamer to itself: see `streaming`."""
         if model is not self.model:
             raise ValueError("custom_generate must be a decoder made for this very model, was one made for another")
-        if model_kwargs.get("inputs_embeds") is not None:
-            raise ValueError("inputs_embeds must not be given: the draft reads token ids, give input_ids")
+        check_generation_config(generation_config)
+        check_model_kwargs(model_kwargs, input_ids)
         mask = model_kwargs.get("attention_mask")
-        result = self._decode(
-            input_ids, mask, logits_processor, stopping_criteria, generation_config, seed, None, exit, tree
-        )
+        prepared = (logits_processor, stopping_criteria, generation_config)
+        with ending(streamer), self._lock:
+            result = self._decode(input_ids, mask, *prepared, seed, streamer, exit, tree)
         if generation_config.return_dict_in_generate:
             output = GenerateDecoderOnlyOutput(sequences=result.sequences)
             output.stats = result.stats
             return output
         return result.sequences
+
+    def streaming(self, streamer: BaseStreamer) -> Callable[..., Any]:
+        """`model.generate(..., custom_generate=decoder.streaming(streamer))`: the drop-in with a streamer. One that is
+        given to `model.generate` itself gets the prompt, and then nothing: transformers does not pass it on."""
+        return partial(self, streamer=streamer)
 
     def _decode(
         self,

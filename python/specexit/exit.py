@@ -14,6 +14,7 @@ from specexit.drafts.base import signal_columns
 from specexit.thinking import Markers, Tokenizer, paragraph_breaks, release_breaks, release_end, thinking_markers
 from specexit_kernels.state import NO_BUDGET, SIGNALS, ExitRules, Smoothing
 
+MAX_WINDOW = 1024  # every signal of every row keeps so many values
 _CHOICES = {
     "smoothing": tuple(kind.name.lower() for kind in Smoothing),
     "granularity": ("token", "step"),
@@ -90,7 +91,7 @@ class ExitConfig:
         checks.number("alpha", self.alpha, 0.0, 1.0)
         if self.alpha == 0:
             raise ValueError("alpha must be above 0, was 0")
-        checks.integer("window", self.window, 2 if self.smoothing == "momentum" else 1)
+        checks.integer("window", self.window, 2 if self.smoothing == "momentum" else 1, MAX_WINDOW)
         checks.integer("min_thinking_tokens", self.min_thinking_tokens, 0)
         if self.thinking_budget is not None:
             checks.integer("thinking_budget", self.thinking_budget, 1)

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import GenerationConfig, StoppingCriteriaList
 from transformers.generation import EosTokenCriteria, MaxLengthCriteria
 from transformers.generation.streamers import BaseStreamer
 
+from specexit.config import MAX_NODES
+
+_LAST_LIMIT = 2**31 - 1 - MAX_NODES  # positions are int32 on the device, and a tree reaches past the last one
+# What transformers itself adds to the arguments of the model.
+_HARMLESS = {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep", "cache_position"}
 _UNSUPPORTED = {
     "output_scores": "per-token scores are not kept",
     "output_logits": "logits are not kept",
@@ -64,13 +71,14 @@ def row_limits(
 
     Raises ValueError where a row cannot be decoded at all.
     """
+    wanted = [min(limit, _LAST_LIMIT) for limit in wanted]
     if positions is not None and max(wanted) > positions:
         raise ValueError(
             f"input_ids and max_new_tokens must stay within {positions} positions, was {max(wanted)}: past them "
             "this base changes its rotary embedding (longrope) for the whole text"
         )
     if capacity is None:
-        return list(wanted)
+        return wanted
     most = capacity - nodes + 1
     if max(lengths) >= most:
         raise ValueError(
@@ -85,7 +93,7 @@ def ids_of(value: int | Sequence[int] | Tensor | None) -> list[int]:
     if value is None:
         return []
     if isinstance(value, Tensor):
-        return list(value.flatten().tolist())
+        return list(value.reshape(-1).tolist())
     return list(value) if isinstance(value, (list, tuple)) else [value]  # type: ignore[list-item]
 
 
@@ -97,9 +105,31 @@ def pad_id(config: GenerationConfig | None) -> int:
     return 0
 
 
+def check_model_kwargs(given: Mapping[str, Any], input_ids: Tensor) -> None:
+    """Refuse what `generate` hands to the model besides ids and mask: the decoder would decode as if it were not there.
+
+    Raises ValueError.
+    """
+    for name, value in given.items():
+        if value is not None and name not in _HARMLESS:
+            raise ValueError(f"{name} must not be given: the base is driven by token ids and their mask alone")
+    positions, cache, mask = given.get("position_ids"), given.get("past_key_values"), given.get("attention_mask")
+    if positions is not None:
+        seen = torch.ones_like(input_ids) if mask is None else mask.to(input_ids.dtype)
+        if not ((positions == seen.cumsum(1) - 1) | (seen == 0)).all():
+            raise ValueError("position_ids must be left out: a token's position is its place in the prompt")
+    if cache is not None and cache.get_seq_length():
+        raise ValueError(f"past_key_values must be empty, held {cache.get_seq_length()} positions: give the whole text")
+
+
 @contextmanager
 def ending(streamer: BaseStreamer | None) -> Iterator[None]:
-    """End the stream after the block, after an error too: another thread may be waiting for the next token."""
+    """End the stream after the block, after an error too: another thread may be waiting for the next token.
+
+    Raises TypeError for what is no streamer.
+    """
+    if streamer is not None and not (hasattr(streamer, "put") and hasattr(streamer, "end")):
+        raise TypeError(f"streamer must have put and end as transformers' have, was {type(streamer).__name__}")
     try:
         yield
     finally:

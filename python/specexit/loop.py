@@ -106,7 +106,7 @@ def allocate(base: BaseModel, draft: Draft | None, config: TreeConfig, request: 
         cache=cache,
         stop_ids=torch.tensor(request.stop_ids, dtype=torch.int32, device=device),
         last_features=torch.zeros(batch, base.feature_size, dtype=base.dtype, device=device),
-        no_signals=torch.zeros(batch, config.max_depth + 1, 0, device=device),
+        no_signals=torch.zeros(batch, config.max_depth + 1, 0, dtype=torch.float32, device=device),
     )
 
 

@@ -110,7 +110,7 @@ class ExitPlanner:
             absent: dict[str, Any] = dict.fromkeys(set(SIGNALS) - set(self.draft.signals))
             config = ExitConfig(**absent)
         try:
-            self.markers(config)
+            rules_for(config, self.vocabulary, self.markers(config), 1, signals=self.draft.signals)
         except ValueError:
             return ExitConfig.off()
         return config

@@ -57,6 +57,9 @@ def row_seeds(seed: int | Sequence[int] | None, batch: int) -> list[int]:
         return [_mix(_mix(seed & _MASK) + index) for index in range(batch)]
     if isinstance(seed, str) or not isinstance(seed, Sequence):
         raise TypeError(f"seed must be an int or one a prompt, was {type(seed).__name__}")
+    for value in seed:
+        if not isinstance(value, int):
+            raise TypeError(f"seed must hold ints, was {type(value).__name__}")
     if len(seed) != batch:
         raise ValueError(f"seed must be one int or one a prompt ({batch}), was {len(seed)} of them")
     return [_signed(value) for value in seed]

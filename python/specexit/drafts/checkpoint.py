@@ -154,8 +154,8 @@ def _layout(draft: Eagle3Draft) -> dict[str, _Slot]:
     add_linear(("mlp.down_proj",), (H,), draft.down_weight, draft.down_bias, "hidden_size, intermediate_size")
     add("norm.weight", draft.norm, "hidden_size")
     add("lm_head.weight", draft.lm_head, "draft_vocab_size, hidden_size")
-    add("exit_head.weight", draft.exit_weight, "3 signals, hidden_size")
-    add("exit_head.bias", draft.exit_bias, "3 signals")
+    add("exit_head.weight", draft.exit_weight, "exit_head: 3 signals, hidden_size")
+    add("exit_head.bias", draft.exit_bias, "exit_head: 3 signals")
     return layout
 
 
@@ -178,8 +178,9 @@ def _fill(layout: dict[str, _Slot], tensors: dict[str, Tensor]) -> None:
     """Copy the file's tensors into the draft; ValueError for a missing, unexpected or misshapen one."""
     missing, unexpected = sorted(layout.keys() - tensors.keys()), sorted(tensors.keys() - layout.keys())
     if missing or unexpected:
+        wanted = [f"{name} {list(layout[name].view.shape)} ({layout[name].keys})" for name in missing]
         lists = [
-            f"{what}: {', '.join(names)}" for what, names in (("missing", missing), ("unexpected", unexpected)) if names
+            f"{what}: {', '.join(names)}" for what, names in (("missing", wanted), ("unexpected", unexpected)) if names
         ]
         raise ValueError(f"tensors do not fit an EAGLE-3 draft with this config; {'; '.join(lists)}")
     for name, slot in layout.items():

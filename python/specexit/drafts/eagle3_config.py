@@ -227,6 +227,9 @@ def _exit_head(flat: Mapping[str, Any]) -> Mapping[str, Any] | None:
     value = flat.get("exit_head")
     if value is not None and not isinstance(value, Mapping):
         raise ValueError(f"exit_head must be an object, was {value!r}")
+    rules = (value or {}).get("thresholds_from_calibration", {})
+    if not isinstance(rules, Mapping) or not all(isinstance(rule, Mapping) for rule in rules.values()):
+        raise ValueError(f"exit_head.thresholds_from_calibration must be an object of objects, was {rules!r}")
     return value
 
 

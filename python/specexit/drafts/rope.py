@@ -39,6 +39,9 @@ def parse_rope(config: Mapping[str, Any]) -> dict[str, Any]:
         raise ValueError(f"rope type {rope_type!r} follows the length, which a decode step does not know")
     if rope_type != "default" and rope_type not in ROPE_INIT_FUNCTIONS:
         raise ValueError(f"rope type {rope_type!r} is not one of {sorted(ROPE_INIT_FUNCTIONS)}")
+    theta = given.get("rope_theta", scaling.get("rope_theta", 1.0))
+    if not isinstance(theta, (int, float)) or not theta > 0:
+        raise ValueError(f"rope_theta must be a positive number, was {theta!r}")
     try:
         parameters = LlamaConfig(**given).rope_parameters
         rope_table(parameters, head_dim=2, positions=1)
