@@ -261,6 +261,7 @@ def test_generate_reads_stdin_and_takes_every_option(
     options += " --min-p 0.01 --seed 5 --eos-token-id 2 --eos-token-id 3 --tree-nodes 12 --tree-depth 4 --tree-top-k 3"
     options += " --confidence off --progress 0.9 --remaining 50 --smoothing window --window 4 --alpha 0.2"
     options += " --granularity token --source fc --min-thinking-tokens 3 --thinking-budget 10 --hard-budget --thinking"
+    options += " --boundary-id 7 --boundary-id 9 --start-id 5 --end-id 6 --force-id 6"
     assert main(["generate", *options.split(), "--trace", str(path)]) == 0
     trace = json.loads(path.read_text())
     assert trace["thinking_tokens"] == 10
@@ -277,6 +278,10 @@ def test_generate_reads_stdin_and_takes_every_option(
         thinking_budget=10,
         hard_budget=True,
         assume_thinking=True,
+        boundary_ids=(7, 9),
+        start_ids=(5,),
+        end_ids=(6,),
+        force_ids=(6,),
     )
     assert ExitConfig(**{"confidence": None, **trace["rule"]}) == expected
     assert "thinking stopped after 10 tokens: the thinking budget is spent" in capsys.readouterr().err

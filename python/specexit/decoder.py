@@ -35,7 +35,7 @@ from specexit.generation import (
     check_generation_config,
     check_model_kwargs,
     ending,
-    ids_of,
+    generate_options,
     pad_id,
     row_limits,
     split_criteria,
@@ -46,7 +46,7 @@ from specexit.output import GenerateOutput, join_sequences
 from specexit.plan import Exit, ExitPlanner, check_exit
 from specexit.processors import PathProcessor, check_processors, split_warpers
 from specexit.prompts import left_padded, pack_prompts
-from specexit.sampling import Sampler, SamplingConfig, row_seeds
+from specexit.sampling import Sampler, row_seeds
 from specexit.step import Choose
 
 Seed = int | Sequence[int] | None
@@ -183,26 +183,18 @@ class SpecExitDecoder:
         """
         with ending(streamer), self._lock:
             prompts = pack_prompts(input_ids, attention_mask, self.base.vocab_size)
-            SamplingConfig(0.0 if temperature is None else temperature, top_k, top_p, min_p)  # names what is wrong
-            if max_new_tokens is not None:
-                checks.integer("max_new_tokens", max_new_tokens, 1)
-            for index in ids_of(eos_token_id):
-                checks.integer("eos_token_id", index, -1)  # -1: none of the ids that a model emits
+            options = generate_options(
+                temperature=temperature,
+                top_p=top_p,
+                top_k=top_k,
+                min_p=min_p,
+                max_new_tokens=max_new_tokens,
+                eos_token_id=eos_token_id,
+                logits_processor=logits_processor,
+                stopping_criteria=stopping_criteria,
+            )
             if not prompts.lengths:
                 return GenerateOutput(input_ids.long(), [], [])
-            options: dict[str, Any] = {
-                "max_new_tokens": max_new_tokens,
-                "eos_token_id": eos_token_id,
-                "logits_processor": logits_processor,
-                "stopping_criteria": stopping_criteria,
-                "top_p": top_p,
-                "top_k": top_k,
-                "min_p": min_p,
-            }
-            if temperature is not None:
-                options["do_sample"] = temperature > 0
-                if temperature > 0:
-                    options["temperature"] = float(temperature)
             results: list[GenerateOutput] = []
 
             # transformers merges the generation_config and builds the processors and criteria, so that every option
@@ -222,8 +214,7 @@ class SpecExitDecoder:
 
             pad = pad_id(self.model.generation_config)
             ids, mask = (tensor.to(self.device) for tensor in left_padded(prompts, pad))
-            given = {name: value for name, value in options.items() if value is not None}
-            self.model.generate(input_ids=ids, attention_mask=mask, custom_generate=run, **given)
+            self.model.generate(input_ids=ids, attention_mask=mask, custom_generate=run, **options)
             result = results[0]
             # One row each, also where the generation_config asks for several sequences a prompt.
             input_ids = input_ids.repeat_interleave(len(result.stats) // len(prompts.lengths), 0)

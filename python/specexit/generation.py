@@ -12,7 +12,9 @@ from transformers import GenerationConfig, StoppingCriteriaList
 from transformers.generation import EosTokenCriteria, MaxLengthCriteria
 from transformers.generation.streamers import BaseStreamer
 
+from specexit import checks
 from specexit.config import MAX_NODES
+from specexit.sampling import SamplingConfig
 
 _LAST_LIMIT = 2**31 - 1 - MAX_NODES  # positions are int32 on the device, and a tree reaches past the last one
 # What transformers itself adds to the arguments of the model.
@@ -27,6 +29,38 @@ _UNSUPPORTED = {
     "dola_layers": "DoLa reads several layers' logits",
     "use_mtp": "the decoder has its own draft",
 }
+
+
+def generate_options(
+    *,
+    temperature: float | None,
+    top_p: float | None,
+    top_k: int | None,
+    min_p: float | None,
+    max_new_tokens: int | None,
+    eos_token_id: int | Sequence[int] | None,
+    **others: Any,
+) -> dict[str, Any]:
+    """The options of `decoder.generate` as `model.generate` takes them; None leaves one to the generation_config.
+
+    Raises TypeError or ValueError for a value that cannot be, naming it.
+    """
+    SamplingConfig(0.0 if temperature is None else temperature, top_k, top_p, min_p)  # which checks them
+    if max_new_tokens is not None:
+        checks.integer("max_new_tokens", max_new_tokens, 1)
+    for index in ids_of(eos_token_id):
+        checks.integer("eos_token_id", index, -1)  # -1: none of the ids that a model emits
+    options = {
+        "do_sample": None if temperature is None else temperature > 0,
+        "temperature": float(temperature) if temperature else None,
+        "top_p": top_p,
+        "top_k": top_k,
+        "min_p": min_p,
+        "max_new_tokens": max_new_tokens,
+        "eos_token_id": eos_token_id,
+        **others,
+    }
+    return {name: value for name, value in options.items() if value is not None}
 
 
 def check_generation_config(config: GenerationConfig) -> None:

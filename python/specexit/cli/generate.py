@@ -40,6 +40,7 @@ class Request:
 
 
 _INPUT, _MODEL, _DECODING, _TREE, _EXIT, _OUTPUT = "Input", "Model", "Decoding", "Token tree", "Exit", "Output"
+_IDS = "Exit, in token ids; may be repeated, and what is not given is the tokenizer's"
 
 
 def generate(
@@ -178,6 +179,16 @@ def generate(
             rich_help_panel=_EXIT,
         ),
     ] = None,
+    boundary_id: Annotated[list[int] | None, typer.Option(help="Ends a paragraph.", rich_help_panel=_IDS)] = None,
+    start_id: Annotated[
+        list[int] | None, typer.Option(help="Starts thinking; several in their order.", rich_help_panel=_IDS)
+    ] = None,
+    end_id: Annotated[
+        list[int] | None, typer.Option(help="Ends thinking; several in their order.", rich_help_panel=_IDS)
+    ] = None,
+    force_id: Annotated[
+        list[int] | None, typer.Option(help="Follows a cut; if not given, what ends thinking.", rich_help_panel=_IDS)
+    ] = None,
     trace: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Write the signals at each thinking token as JSON.", rich_help_panel=_OUTPUT),
@@ -217,6 +228,10 @@ def generate(
         thinking_budget=thinking_budget,
         hard_budget=hard_budget or None,
         assume_thinking=assume_thinking,
+        boundary_ids=boundary_id,
+        start_ids=start_id,
+        end_ids=end_id,
+        force_ids=force_id,
     )
     request = Request(
         text=read_text(prompt if chat is None else chat),
