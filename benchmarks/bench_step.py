@@ -24,7 +24,7 @@ from specexit import ExitConfig, SpecExitDecoder, TreeConfig, bundled_pair, load
 from specexit_kernels._op import OPS
 
 # The order of a step. `step` is the whole of it; "other" is what no part covers.
-PARTS = ("base", "choose", "accept", "compact_kv", "observe", "decide_exit", "propose", "build_tree")
+PARTS = ("propose", "build_tree", "base", "choose", "accept", "compact_kv", "observe", "decide_exit")
 VIEWS = {"view", "reshape", "unsqueeze", "squeeze", "expand", "transpose", "permute", "slice", "select", "detach", "t"}
 VIEWS |= {"alias", "flatten", "unflatten", "split", "unbind", "chunk", "as_strided", "_unsafe_view", "expand_as", "to"}
 VIEWS |= {"_reshape_alias", "diagonal", "unfold", "contiguous"}
@@ -68,10 +68,10 @@ class Meter(TorchDispatchMode):
 def metered(decoder: SpecExitDecoder, meter: Meter) -> Iterator[None]:
     """Put the meter around every part of a step."""
     assert decoder.draft is not None
-    choose = step.decode_step
+    decode_step = step.decode_step
 
-    def whole(base: Any, draft: Any, config: Any, chooser: Any, rules: Any, buffers: Any) -> Any:
-        return choose(base, draft, config, meter.timed("choose", chooser), rules, buffers)
+    def whole(base: Any, draft: Any, config: Any, choose: Any, rules: Any, buffers: Any) -> Any:
+        return decode_step(base, draft, config, meter.timed("choose", choose), rules, buffers)
 
     with ExitStack() as stack:
         for owner, name, part in (

@@ -12,10 +12,10 @@ import pytest
 import torch
 from oracle_draft import OracleDraft
 from test_lossless import pad, prompts
+from test_stopping import Recorder
 from tiny_models import VOCAB, tiny_model
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 from transformers.generation import GenerateDecoderOnlyOutput
-from transformers.generation.streamers import BaseStreamer
 
 from specexit import ExitConfig, SpecExitDecoder, TreeConfig
 
@@ -332,18 +332,8 @@ def test_inputs_besides_the_ids_are_refused(model: PreTrainedModel, given: dict[
 
 
 def test_streaming_through_generate(model: PreTrainedModel) -> None:
-    class Streamer(BaseStreamer):
-        def __init__(self) -> None:
-            self.calls: list[Any] = []
-
-        def put(self, value: torch.Tensor) -> None:
-            self.calls.append(value.flatten().tolist())
-
-        def end(self) -> None:
-            self.calls.append("end")
-
     decoder = SpecExitDecoder(model, exit=ExitConfig.off())
-    ids, streamer = torch.tensor([[3, 4, 5]]), Streamer()
+    ids, streamer = torch.tensor([[3, 4, 5]]), Recorder()
     out = model.generate(ids, max_new_tokens=4, do_sample=False, custom_generate=decoder.streaming(streamer), seed=1)
     assert streamer.calls == [[3, 4, 5], *([token] for token in out[0, 3:].tolist()), "end"]
     with pytest.raises(TypeError, match="streamer must have put and end as transformers' have, was int"):

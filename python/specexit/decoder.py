@@ -207,6 +207,7 @@ class SpecExitDecoder:
                 generation_config: GenerationConfig,
                 **rest: Any,
             ) -> Tensor:
+                check_generation_config(generation_config)
                 prepared = (logits_processor, stopping_criteria, generation_config)
                 mask = rest.get("attention_mask")
                 results.append(self._decode(input_ids, mask, *prepared, seed, streamer, exit, tree))
@@ -266,8 +267,8 @@ class SpecExitDecoder:
         exit: Exit | None,
         tree: TreeConfig | None,
     ) -> GenerateOutput:
-        """Decode what transformers prepared: left-padded ids, merged configuration, processors and criteria."""
-        check_generation_config(config)
+        """Decode what transformers prepared: left-padded ids, merged configuration, processors and criteria, of which
+        the configuration is checked."""
         if torch.is_autocast_enabled(self.device.type):
             raise RuntimeError("autocast must be off: the base and its cache have one dtype; load the model in another")
         if not input_ids.shape[0]:

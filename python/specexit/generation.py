@@ -16,7 +16,7 @@ from specexit import checks
 from specexit.config import MAX_NODES
 from specexit.sampling import SamplingConfig
 
-_LAST_LIMIT = 2**31 - 1 - MAX_NODES  # positions are int32 on the device, and a tree reaches past the last one
+_LAST_LIMIT = checks.INT32_MAX - MAX_NODES  # positions are int32 on the device, and a tree reaches past the last one
 # What transformers itself adds to the arguments of the model.
 _HARMLESS = {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep", "cache_position"}
 _UNSUPPORTED = {

@@ -11,11 +11,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from specexit import ExitConfig, SpecExitDecoder, TreeConfig
 from specexit.bundled import Problem, bundled_pair
 from specexit.cli.loading import draft_rule, load_bundled, watching
+from specexit.loading import load_base
 from specexit.output import GenerateOutput, RowStats
 from specexit.thinking import count_thinking_tokens
 
@@ -130,7 +131,7 @@ class Comparison:
         decoder = load_bundled(device, dtype=torch.float32)
         if decoder.device.type == "cpu":
             decoder.tree = TreeConfig.chain(12)  # this draft is right nine times out of ten, so a long chain pays
-        model = AutoModelForCausalLM.from_pretrained(bundled_pair().base, dtype=torch.float32).to(decoder.device).eval()
+        model = load_base(bundled_pair().base, torch.float32, decoder.device)
         return cls(model, decoder, draft_rule(decoder))
 
     def warm_up(self, problems: Sequence[Problem]) -> None:

@@ -20,8 +20,8 @@ def find_device(name: str | None) -> torch.device | None:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise ValueError(f"--device must be cpu, cuda or cuda:1 and so on, was {name}") from None
-    if device.type not in ("cpu", "cuda"):
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
         raise ValueError(f"--device must be cpu, cuda or cuda:1 and so on, was {name}")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ValueError(
