@@ -7,7 +7,7 @@ and the fake tensors.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,11 +21,21 @@ KERNELS = ("cuda", "triton")  # best first; the twin, "torch", is the fallback a
 
 @dataclass(frozen=True)
 class Implementation:
-    """One way to compute an op: its name ("torch", "sdpa", "triton", "cuda"), the function, why it cannot run if so."""
+    """One way to compute an op.
+
+    name      "torch", "sdpa", "triton" or "cuda"
+    function  with the schema's arguments
+    absent    None, or what is missing here and how to get it
+    limit     what, of the op's arguments, it cannot take: a message, or None where it can
+    """
 
     name: str
     function: Callable[..., Any]
-    absent: str | None = None  # None: usable; otherwise what is missing and how to get it
+    absent: str | None = None
+    limit: Callable[..., str | None] | None = None
+
+    def takes(self, args: Sequence[Any]) -> bool:
+        return self.absent is None and (self.limit is None or self.limit(*args) is None)
 
 
 class Op:
@@ -55,11 +65,17 @@ class Op:
         self._dispatch = getattr(torch.ops.specexit, self.name).default
         OPS[self.name] = self
 
-    def register_kernel(self, name: str, function: Callable[..., Any], absent: str | None = None) -> None:
-        """Add a GPU implementation; `absent` says why it cannot run here, and how to get it."""
+    def register_kernel(
+        self,
+        name: str,
+        function: Callable[..., Any],
+        absent: str | None = None,
+        limit: Callable[..., str | None] | None = None,
+    ) -> None:
+        """Add a GPU implementation; `absent` and `limit` as in `Implementation`. The twin takes what it cannot."""
         if name not in KERNELS:
             raise ValueError(f"name must be one of {KERNELS}, was {name!r}")
-        self.kernels[name] = Implementation(name, function, absent)
+        self.kernels[name] = Implementation(name, function, absent, limit)
 
     def implementation(self, device: str) -> Implementation:
         """The implementation that runs for tensors on `device` ("cpu" or "cuda")."""
@@ -84,10 +100,15 @@ class Op:
             raise ValueError(f"implementation: {self.name} has {known}; there is no {implementation!r}")
         if kernel.absent is not None:
             raise RuntimeError(f"implementation={implementation!r} of {self.name} cannot run here: {kernel.absent}")
+        if kernel.limit is not None and (reason := kernel.limit(*args)):
+            raise ValueError(f"implementation={implementation!r} of {self.name}: {reason}")
         return kernel.function(*args)
 
     def _on_cuda(self, *args: Any) -> Any:
-        return self.implementation("cuda").function(*args)
+        for name in KERNELS:
+            if name in self.kernels and self.kernels[name].takes(args):
+                return self.kernels[name].function(*args)
+        return self.reference(*args)
 
 
 def _is_eager_on_cpu(argument: Any) -> bool:

@@ -9,13 +9,16 @@ words is set. The same op serves the base's tree, a draft's chain and levels, an
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-from specexit_kernels import _checks, bits
+from specexit_kernels import _checks, bits, triton
 from specexit_kernels._op import Op
+
+MAX_HEAD_DIM = 256  # of the Triton kernel; the twin has no limit
 
 
 def tree_attention_ref(
@@ -167,6 +170,23 @@ OP = Op(
     _outputs,
     cpu=("sdpa", tree_attention_sdpa),
 )
+
+
+def _triton(*arguments: Any) -> Tensor:
+    from specexit_kernels.triton.tree_attention import tree_attention_triton
+
+    return tree_attention_triton(*arguments)
+
+
+def _triton_limit(q: Tensor, k: Tensor, v: Tensor, *arguments: Any) -> str | None:
+    if q.dtype == torch.float64:
+        return "q must be float32, bfloat16 or float16, was float64"
+    if max(q.shape[-1], v.shape[-1]) > MAX_HEAD_DIM:
+        return f"q and v must have heads of at most {MAX_HEAD_DIM}, were {list(q.shape)} and {list(v.shape)}"
+    return None
+
+
+OP.register_kernel("triton", _triton, triton.absent(), _triton_limit)
 
 
 def tree_attention(

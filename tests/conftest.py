@@ -6,6 +6,9 @@ import random
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is imported: its kernels then run on the CPU
+
 
 @pytest.fixture
 def rng(request: pytest.FixtureRequest) -> torch.Generator:

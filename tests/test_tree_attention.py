@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from attention_cases import case, draw, normal
 from tolerances import assert_close
 from torch import Tensor
 
@@ -13,43 +14,6 @@ from specexit_kernels import bits
 from specexit_kernels.tree_attention import slot_mask, tree_attention, tree_attention_ref
 
 NAN, INF = float("nan"), float("inf")
-
-
-def normal(rng: torch.Generator, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(*shape, generator=rng, dtype=torch.float64).to(dtype)
-
-
-def draw(rng: torch.Generator, low: int, high: int) -> int:
-    """A number from low to high, both included."""
-    return int(torch.randint(low, high + 1, (), generator=rng))
-
-
-def case(
-    rng: torch.Generator,
-    *,
-    batch: int = 2,
-    queries: int = 5,
-    kv_heads: int = 2,
-    group: int = 2,
-    head_dim: int = 8,
-    value_dim: int = 8,
-    slots: int = 90,
-    scratch: int = 20,
-    density: float = 0.5,
-    dtype: torch.dtype = torch.float32,
-) -> dict[str, Any]:
-    """Random arguments. A row has up to slots - scratch committed slots; each scratch bit is set with `density`."""
-    lengths = torch.randint(0, slots - scratch + 1, (batch,), generator=rng, dtype=torch.int32)
-    mask = torch.rand(batch, queries, scratch, generator=rng) < density
-    return {
-        "q": normal(rng, batch, queries, kv_heads * group, head_dim, dtype=dtype),
-        "k": normal(rng, batch, kv_heads, slots, head_dim, dtype=dtype),
-        "v": normal(rng, batch, kv_heads, slots, value_dim, dtype=dtype),
-        "lengths": lengths,
-        "positions": lengths[:, None] + torch.randint(0, 8, (batch, queries), generator=rng, dtype=torch.int32),
-        "visible": bits.pack(mask),
-        "scale": head_dim**-0.5,
-    }
 
 
 def sees(args: dict[str, Any], b: int, n: int) -> list[int]:

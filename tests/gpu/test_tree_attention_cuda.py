@@ -1,0 +1,145 @@
+"""The Triton kernels of `tree_attention` on a GPU: the interpreter's grid, on the real thing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from attention_cases import SIZES, Arguments, case, pick, random_case, reference
+from op_samples import on
+from tolerances import assert_close
+from torch import Generator
+
+from specexit_kernels import bits, tree_attention
+from specexit_kernels.tree_attention import OP
+from specexit_kernels.triton.launch import device_of, run
+from specexit_kernels.triton.tree_attention import launches
+from specexit_kernels.triton.tree_attention_table import heights
+
+DEVICE = "cuda"
+NAMES = ("q", "k", "v", "lengths", "positions", "visible", "scale", "window", "softcap", "sinks", "block_table")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+pytestmark = pytest.mark.skipif(OP.kernels["triton"].absent is not None, reason=str(OP.kernels["triton"].absent))
+
+
+def on_gpu(args: Arguments) -> Arguments:
+    """On the GPU, with the strides that they have."""
+    moved = {}
+    for name, value in args.items():
+        if isinstance(value, torch.Tensor) and value.numel() > 0:
+            span = 1 + sum((size - 1) * stride for size, stride in zip(value.shape, value.stride(), strict=True))
+            memory = value.as_strided((span,), (1,)).to(DEVICE, copy=True)
+            value = memory.as_strided(value.shape, value.stride(), 0)
+        moved[name] = value
+    return moved
+
+
+def check(args: Arguments, **options: Any) -> None:
+    actual = tree_attention(**on_gpu(args), implementation="triton", **options)
+    assert_close(actual, reference(args).to(DEVICE), args["q"].dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("head_dim", "value_dim"), SIZES)
+def test_equals_the_twin(rng: Generator, head_dim: int, value_dim: int, dtype: torch.dtype) -> None:
+    for _ in range(2):
+        check(random_case(rng, dtype, head_dim, value_dim, 3000))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("size", [64, 128, 192, 256])
+def test_every_line_of_the_table(rng: Generator, size: int, dtype: torch.dtype) -> None:
+    device = device_of(torch.device(DEVICE))
+    for config in heights(device, dtype, size):
+        for splits in (1, 5):
+            args = random_case(rng, dtype, size, size, 3000)
+            there = on_gpu(args)
+            out = torch.full((*args["q"].shape[:3], size), float("nan"), dtype=dtype, device=DEVICE)
+            made = launches(*(there.get(name) for name in NAMES), out, device=device, config=config, splits=splits)
+            for name in ("partial", "partial_lse"):
+                if len(made) > 1:
+                    made[0].arguments[name].fill_(float("nan"))
+            run(made, out.device)
+            assert_close(out, reference(args).to(DEVICE), dtype)
+
+
+@pytest.mark.parametrize("window", [None, 500])
+def test_a_graph_serves_other_lengths(rng: Generator, window: int | None) -> None:
+    shape: dict[str, Any] = {"batch": 3, "slots": 9000, "scratch": 60, "queries": 60, "kv_heads": 2, "group": 4}
+    shape |= {"head_dim": 128, "value_dim": 128, "dtype": torch.bfloat16}
+    args = on("cuda", case(rng, **shape)) | {"window": window}
+    tree_attention(**args)  # compiled now
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = tree_attention(**args)
+    for most in (0, 1, 255, 256, 300, 2000, 8940):
+        fresh = case(rng, **shape)
+        fresh["lengths"] = torch.randint(most // 2, most + 1, (3,), generator=rng, dtype=torch.int32)
+        fresh["positions"] = fresh["lengths"][:, None] + torch.arange(60, dtype=torch.int32)
+        for name in ("q", "k", "v", "lengths", "positions", "visible"):
+            args[name].copy_(fresh[name])
+        out.fill_(float("nan"))
+        graph.replay()
+        assert_close(out, reference(fresh | {"window": window}).to(DEVICE), torch.bfloat16)
+
+
+def test_compiles_as_one_graph(rng: Generator) -> None:
+    args = on("cuda", case(rng, head_dim=64, value_dim=64, dtype=torch.bfloat16))
+
+    def attend(q: torch.Tensor) -> torch.Tensor:
+        return tree_attention(**args | {"q": q * 2}) + 1
+
+    compiled = torch.compile(attend, fullgraph=True)
+    assert_close(compiled(args["q"]), attend(args["q"]), torch.bfloat16)
+
+
+def test_opcheck(rng: Generator) -> None:
+    for sizes in ({"value_dim": 24}, {"batch": 1, "queries": 1}, {"batch": 0}):
+        args = on("cuda", case(rng, head_dim=32, **sizes))
+        torch.library.opcheck(torch.ops.specexit.tree_attention.default, tuple(args.values()))
+
+
+def test_a_long_context(rng: Generator) -> None:
+    """131,072 slots; and addresses past 2^31 elements, in the second row of the cache."""
+    slots, nodes, dtype = 131_072, 60, torch.bfloat16
+    args = case(rng, batch=2, queries=nodes, kv_heads=1, group=4, head_dim=128, slots=64, scratch=nodes, dtype=dtype)
+    args["lengths"] = torch.tensor([slots - nodes, slots // 2 + 3], dtype=torch.int32)
+    args["positions"] = args["lengths"][:, None] + torch.arange(nodes, dtype=torch.int32)
+    here = torch.Generator(DEVICE).manual_seed(int(torch.randint(2**31, (), generator=rng)))
+    for name, far in (("k", 2**31 + 2**20), ("v", slots * 128)):
+        memory = torch.empty(far + slots * 128, dtype=dtype, device=DEVICE)
+        view = memory.as_strided((2, 1, slots, 128), (far, slots * 128, 128, 1))
+        view.normal_(generator=here)
+        args[name] = view
+    there = on("cuda", {name: value for name, value in args.items() if name not in "kv"}) | {
+        name: args[name] for name in "kv"
+    }
+    for window in (None, pick(rng, 100, 5000)):
+        out = tree_attention(**there, window=window, implementation="triton")
+        exact = {n: x.double() if torch.is_tensor(x) and x.is_floating_point() else x for n, x in there.items()}
+        expected = tree_attention(**exact, window=window, implementation="torch")
+        assert_close(out, expected, dtype)
+
+
+def test_cuda_tensors_take_it(rng: Generator) -> None:
+    """Without being asked for by name; what it does not take goes to the twin."""
+    assert OP.implementation("cuda").name == "triton"
+    args = on("cuda", case(rng, dtype=torch.bfloat16))
+    assert torch.equal(tree_attention(**args), tree_attention(**args, implementation="triton"))
+    args = on("cuda", case(rng, head_dim=300))
+    assert_close(tree_attention(**args), tree_attention(**args, implementation="torch"))
+
+
+def test_other_streams_and_many_words(rng: Generator) -> None:
+    """A chunk of a prefill with 256 queries, on a stream that is not the default one."""
+    args = case(rng, batch=1, queries=256, kv_heads=2, group=4, head_dim=64, value_dim=64, slots=900, scratch=256)
+    args["visible"] = bits.chain(1, 256, torch.device("cpu"))
+    args["positions"] = args["lengths"][:, None] + torch.arange(256, dtype=torch.int32)
+    stream = torch.cuda.Stream()
+    there = on("cuda", args)
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        out = tree_attention(**there)
+    torch.cuda.current_stream().wait_stream(stream)
+    assert_close(out, reference(args).to(DEVICE), torch.float32)
