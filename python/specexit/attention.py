@@ -1,5 +1,7 @@
 """The attention function that transformers calls for us: every tree forward goes through one op, `tree_attention`.
 
+So do the chunks of a prompt, except the first, which is ordinary causal attention.
+
 A forward passes its context as the keyword `specexit`, and the packed visibility bits as a 4-D `attention_mask`, which
 transformers hands through untouched. A forward without a context (the model used as usual while our name is set) is
 ordinary SDPA.
@@ -28,14 +30,19 @@ class TreeContext:
     positions  [B, T] int32
     visible    [B, T, W] int64
     span       no two nodes that see each other are further apart than this many positions
+    start      committed slots of every row, where the host knows them (None: it does not): the cache is cut behind the
+               forward's own slots. 0 also says that the nodes are a chain.
     check      check what the model gives the op, and note in `windows` what it says of each layer's
     """
 
-    def __init__(self, lengths: Tensor, positions: Tensor, visible: Tensor, span: int) -> None:
+    def __init__(
+        self, lengths: Tensor, positions: Tensor, visible: Tensor, span: int, start: int | None = None
+    ) -> None:
         self.lengths = lengths
         self.positions = positions
         self.visible = visible
         self.span = span
+        self.start = start
         self.check = False
         self.windows: dict[int, int | None] = {}
         self._windowed: dict[int, Tensor] = {}
@@ -89,6 +96,9 @@ def specexit_attention(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
         return output
+    count = query.shape[2]
+    if specexit.start is not None:
+        key, value = (cache[:, :, : specexit.start + count] for cache in (key, value))
     arguments = (
         query.transpose(1, 2),
         key,
@@ -101,12 +111,14 @@ def specexit_attention(
         softcap,
         s_aux,
         None,
-        specexit.mask(sliding_window, key.shape[2], key.dtype),
     )
     if specexit.check:
         check_arguments(*arguments)
         specexit.windows[getattr(module, "layer_idx", len(specexit.windows))] = sliding_window
-    return unchecked.tree_attention(*arguments), None
+    in_window = sliding_window is None or count <= sliding_window
+    if specexit.start == 0 and in_window and softcap is None and s_aux is None:
+        return sdpa_attention_forward(module, query, key, value, None, scaling=scaling, is_causal=count > 1)
+    return unchecked.tree_attention(*arguments, specexit.mask(sliding_window, key.shape[2], key.dtype)), None
 
 
 def register() -> None:
@@ -118,8 +130,9 @@ def register() -> None:
     AttentionMaskInterface.register(NAME, sdpa_mask)
 
 
-def chain_context(lengths: Tensor, count: int) -> TreeContext:
-    """Context of `count` successive tokens from each row's length on: a chunk of a prompt."""
+def chain_context(lengths: Tensor, count: int, start: int | None = None) -> TreeContext:
+    """Context of `count` successive tokens from each row's length on: a chunk of a prompt. `start`: as in
+    `TreeContext`."""
     batch, device = lengths.shape[0], lengths.device
     positions = lengths.unsqueeze(1) + torch.arange(count, dtype=torch.int32, device=device)
-    return TreeContext(lengths, positions, bits.chain(batch, count, device), span=count - 1)
+    return TreeContext(lengths, positions, bits.chain(batch, count, device), span=count - 1, start=start)

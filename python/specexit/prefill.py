@@ -1,7 +1,8 @@
 """From prompts to the first step.
 
 The prompt's last token becomes the first root, so the first step verifies a tree like every other, and stop ids,
-limits and publication have one place. The tokens before it are read in chunks, as chains of the same tree attention.
+limits and publication have one place. The tokens before it are read in chunks: the first by ordinary causal attention,
+the others as chains of the tree attention.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ def prefill(base: BaseModel, draft: Draft | None, prompts: Prompts, buffers: Buf
     for start in range(0, max(prompts.lengths) - 1, CHUNK):
         count = min(CHUNK, max(prompts.lengths) - 1 - start)
         state.lengths.fill_(start)
-        context = chain_context(state.lengths, count)
+        context = chain_context(state.lengths, count, start)
         _, features = base.forward(tokens[:, start : start + count], context, buffers.cache, last_logits=True)
         if draft is not None:
             draft.read(features, tokens[:, start + 1 : start + 1 + count], state.lengths)
