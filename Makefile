@@ -5,19 +5,21 @@
 #   make test        lint, and the tests that take a minute or two
 #   make test-full   every test
 #   make lint        ruff and mypy
-#   make bench       a decode step, part by part, on this machine
-#   make gpu         on a machine with an NVIDIA GPU: build, test, try; PARTS=build,tests,demo (benchmarks/README.md)
+#   make bench       a decode step, part by part, and tree attention, on this machine
+#   make bench-full  tree attention in every shape: hours on a GPU
+#   make aot         compile the Triton kernels for GPUs that need not be here: registers, spills; aot-full: all variants
+#   make gpu         on a machine with an NVIDIA GPU: build, test, measure, try (benchmarks/README.md)
 #   make clean       remove what was built, and the virtual environment
 
 PYTHON ?= python3
-PARTS ?= build,tests,demo
+PARTS ?= build,tests,tree_attention,demo
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 PYTEST := $(BIN)/python -P -m pytest --numprocesses auto --maxprocesses 4
 INSTALLED := $(VENV)/.installed
 
-.PHONY: run test test-full lint bench gpu clean
+.PHONY: run test test-full lint bench bench-full aot aot-full gpu clean
 .DELETE_ON_ERROR:
 
 run: $(INSTALLED)
@@ -38,6 +40,16 @@ lint: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(BIN)/python benchmarks/bench_step.py
+	$(BIN)/python benchmarks/bench_tree_attention.py
+
+bench-full: $(INSTALLED)
+	$(BIN)/python benchmarks/bench_tree_attention.py --all
+
+aot: $(INSTALLED)
+	$(BIN)/python benchmarks/aot.py
+
+aot-full: $(INSTALLED)
+	$(BIN)/python benchmarks/aot.py --full
 
 # The system's Python, which has torch for this GPU already; nothing is installed or downloaded.
 gpu:
