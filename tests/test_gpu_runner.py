@@ -59,6 +59,31 @@ def test_all_parts_together_have_a_limit(gpu):
     assert {report["status"] for report in reports.values()} == {"timed out"}
 
 
+def test_the_limits_of_the_parts_fit_in_that_of_all(gpu):
+    assert sum(part.limit for part in gpu.PARTS.values()) <= gpu.TIME_LIMIT
+
+
+def test_a_part_past_its_limit_keeps_the_result_that_it_left(gpu):
+    parts = {"demo": shell(gpu, f"echo '[1]' > {gpu.LOGS}/demo.json; sleep 20", limit=0.5, read=gpu.read_demo)}
+    report = gpu.run_all(["demo"], parts, 60)["demo"]
+    assert (report["status"], report["result"]) == ("timed out", [1])
+    report = gpu.run_all(["demo"], {"demo": shell(gpu, "sleep 20", limit=0.2, read=gpu.read_demo)}, 60)["demo"]
+    assert report["status"] == "timed out"
+    assert "result" not in report
+
+
+def test_tree_attention_without_a_time_of_ours_has_failed(gpu):
+    gpu.LOGS.mkdir()
+    path = gpu.LOGS / "tree_attention.json"
+    timed, untimed = {"microseconds": 9.0}, {"unavailable": "wrong result"}
+    report = {"cells": [{"results": [untimed, timed]}, {"results": [timed]}]}
+    path.write_text(json.dumps(report))
+    assert gpu.read_tree_attention() == report
+    path.write_text(json.dumps({"cells": report["cells"][:1]}))
+    with pytest.raises(ValueError, match="no cell has a time"):
+        gpu.read_tree_attention()
+
+
 def test_a_part_without_its_result_has_failed(gpu):
     report = gpu.run_all(["a"], {"a": shell(gpu, "true", read=gpu.read_demo)}, 60)["a"]
     assert report["status"] == "failed"
