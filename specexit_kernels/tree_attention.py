@@ -212,7 +212,8 @@ def tree_attention(
     v            as k, with hd_v in place of hd
     lengths      [B] int32: L, the committed slots of a row; the scratch slots follow them
     positions    [B, Tq] int32: the queries' positions, which only `window` reads; committed slot j has position j
-    visible      [B, Tq, W] int64: bit m of word w allows scratch slot L + 64 w + m
+    visible      [B, Tq, W] int64: bit m of word w allows scratch slot L + 64 w + m. 64 W is at least Tq: the keys of
+                 the queries are in scratch slots.
     scale        positive: factor on q . k
     window       how many positions a query attends, its own included (None: all): committed slot j is seen if
                  positions - j < window. Scratch slots are not tested; the caller clears their bits.
@@ -273,9 +274,14 @@ def check_arguments(
     _checks.unit_stride("visible", visible)
     if sizes["Hkv"] == 0 or sizes["Hq"] % sizes["Hkv"]:
         raise ValueError(f"q must have a multiple of k's {sizes['Hkv']} heads, was {list(q.shape)}")
-    if not 1 <= sizes["W"] <= bits.words(slots):  # no word without a scratch slot
+    queries = sizes["Tq"]
+    if queries > slots:
+        raise ValueError(f"k must have a slot for each of q's {queries} queries, had {slots}")
+    least, most = max(1, bits.words(queries)), bits.words(slots)
+    if not least <= sizes["W"] <= most:
+        words = f"{least}" if least == most else f"{least} to {most}"
         raise ValueError(
-            f"visible must have 1 to {bits.words(slots)} words for a cache of {slots} slots, was {list(visible.shape)}"
+            f"visible must have {words} words for {queries} queries in {slots} slots, was {list(visible.shape)}"
         )
     if mask is not None:
         _checks.tensor("mask", mask, ("B", "Tq", slots), torch.promote_types(q.dtype, torch.float32), sizes, q)

@@ -289,6 +289,14 @@ def test_bad_arguments(rng: torch.Generator, name: str, change: Callable[[Any], 
         tree_attention(**(args | {name: change(args.get(name))}))
 
 
+def test_more_queries_than_words_or_slots(rng: torch.Generator) -> None:
+    args = case(rng, queries=70, slots=90)
+    with pytest.raises(ValueError, match=r"^visible must have 2 words for 70 queries in 90 slots, was \[2, 70, 1\]"):
+        tree_attention(**args)
+    with pytest.raises(ValueError, match=r"^k must have a slot for each of q's 70 queries, had 40$"):
+        tree_attention(**(args | {name: args[name][:, :, :40] for name in "kv"}))
+
+
 def test_another_device(rng: torch.Generator) -> None:
     args = case(rng)
     for name in ("k", "v", "lengths", "positions", "visible"):
