@@ -2,11 +2,11 @@
 # A CUDA toolkit (nvcc) is used where there is one.
 #
 #   make run         the demo: thinking with and without early exit, side by side
-#   make test        lint, and the tests that take a minute or two
+#   make test        lint, and the tests that take seconds each
 #   make test-full   every test
 #   make lint        ruff and mypy
 #   make bench       a decode step, part by part, and tree attention, on this machine
-#   make bench-full  tree attention in every shape: hours on a GPU
+#   make bench-full  tree attention in every shape, for a GPU: hours
 #   make aot         compile the Triton kernels for GPUs that need not be here: registers, spills; aot-full: all variants
 #   make gpu         on a machine with an NVIDIA GPU: build, test, measure, try (benchmarks/README.md)
 #   make clean       remove what was built, and the virtual environment

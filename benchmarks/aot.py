@@ -37,7 +37,9 @@ from specexit_kernels.triton.tree_attention import launches
 from specexit_kernels.triton.tree_attention_table import Config, heights
 
 TOOLS = Path(nvidia.__file__).parent / "bin"
-SHARED = {80: 163, 90: 227, 100: 227}  # KB that a block may use; CUDA C++ programming guide, technical specifications
+# KB of shared memory that a block may use (CUDA C++ programming guide, technical specifications). An A100 has 163; its
+# line of the table also serves sm_86, sm_89 and sm_120.
+SHARED = {80: 99, 90: 227, 100: 227}
 SIZES = ((64, 64), (80, 80), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256))  # of keys and values
 OPTIONS: tuple[dict[str, Any], ...] = (
     {},
@@ -195,6 +197,10 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="compilations at a time; default: %(default)s")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write what was found there too")
     arguments = parser.parse_args()
+    if arguments.jobs < 1:
+        parser.error(f"--jobs must be at least 1, was {arguments.jobs}")
+    if arguments.json and not arguments.json.parent.is_dir():
+        parser.error(f"--json must be in a folder that exists, was {str(arguments.json)!r}")
     cells = list(full() if arguments.full else subset())
     wrong, report = 0, []
     with ProcessPoolExecutor(arguments.jobs) as pool:

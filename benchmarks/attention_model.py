@@ -92,7 +92,7 @@ def occupancy(registers: int, shared: int, warps: int) -> int:
 def analyse(cell: Cell, registers: int, shared: int) -> Analysis:
     """The model of a cell, whose kernel takes so many registers a thread and bytes of shared memory a program."""
     from specexit_kernels.triton.tree_attention import cover
-    from specexit_kernels.triton.tree_attention_kernels import MIN_UNITS, UNIT
+    from specexit_kernels.triton.tree_attention_kernels import UNIT
 
     model = cell.model
     attend = _attend_launch(cell)
@@ -102,7 +102,9 @@ def analyse(cell: Cell, registers: int, shared: int) -> Analysis:
     # How the kernel shares out its units (`_share`): from the window's first on; `words` of them are scratch slots.
     first = max(0, cell.length - model.window + 1) // UNIT.value if model.window else 0
     units = -(-cell.length // UNIT.value) - first + attend.arguments["words"]
-    active = math.ceil(units / max(math.ceil(units / splits), MIN_UNITS.value))
+    of_tile = block_n // UNIT.value
+    share = -(-max(-(-units // splits), attend.arguments["least"]) // of_tile) * of_tile
+    active = math.ceil(units / share)
 
     programs = cell.batch * model.kv_heads * active * tiles
     resident = occupancy(registers, shared, attend.warps)

@@ -1,6 +1,6 @@
 """Other tiles and splits for our kernel: what the lines of its table are to be chosen by.
 
-python benchmarks/bench_tree_attention.py --peers tune --cells 4 --budget 300
+python benchmarks/bench_tree_attention.py --peers tune --cells 1 --budget 300
 """
 
 from __future__ import annotations

@@ -20,6 +20,7 @@ import sys
 import time
 import xml.etree.ElementTree as ET
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -29,6 +30,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LOGS = ROOT / "build" / "gpu"
 RESULTS = ROOT / "benchmarks" / "results"
 TIME_LIMIT = 460  # seconds, all parts together; a minute is left for the questions about the machine
+GRACE = 10  # seconds that an interrupted part has to report what it found; pytest does
 TAIL = 40  # lines of a failed part's log that are shown
 ENVIRONMENT = {
     **os.environ,
@@ -82,8 +84,8 @@ def read_tree_attention() -> Any:
 # The limits add up to TIME_LIMIT.
 PARTS = {
     "build": Part((sys.executable, "setup.py", "build_ext", "--inplace"), 90),
-    "tests": Part(  # in four processes: most of the time goes into compiling kernels
-        (sys.executable, "-m", "pytest", "tests/gpu", "-n", "4", f"--junitxml={LOGS / 'tests.xml'}"), 200, count_tests
+    "tests": Part(  # in eight processes: most of the time goes into compiling kernels
+        (sys.executable, "-m", "pytest", "tests/gpu", "-n", "8", f"--junitxml={LOGS / 'tests.xml'}"), 200, count_tests
     ),
     "tree_attention": Part(
         (sys.executable, "benchmarks/bench_tree_attention.py", f"--json={LOGS / 'tree_attention.json'}"),
@@ -111,8 +113,7 @@ def run(name: str, part: Part, limit: float) -> dict[str, Any]:
         try:
             status = "failed" if process.wait(timeout=limit) else "passed"
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)  # nvcc, cmake and test workers are its children
-            process.wait()
+            end(process)
             status = "timed out"
     report: dict[str, Any] = {"status": status, "seconds": round(time.monotonic() - start, 1)}
     if part.read:
@@ -125,6 +126,16 @@ def run(name: str, part: Part, limit: float) -> dict[str, Any]:
         lines = [*out.read_text().splitlines()[-TAIL:], *err.read_text().splitlines()[-TAIL:]]
         print("\n".join(f"  {line}" for line in lines), flush=True)
     return report
+
+
+def end(process: subprocess.Popen[Any]) -> None:
+    """End a part with its children (nvcc, cmake, test workers), after a chance to write its report."""
+    os.killpg(process.pid, signal.SIGINT)
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(timeout=GRACE)
+    with suppress(ProcessLookupError):  # all are gone
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 def run_all(names: Sequence[str], parts: dict[str, Part], time_limit: float) -> dict[str, dict[str, Any]]:

@@ -181,8 +181,10 @@ def _triton(*arguments: Any) -> Tensor:
 def _triton_limit(q: Tensor, k: Tensor, v: Tensor, *arguments: Any) -> str | None:
     if q.dtype == torch.float64:
         return "q must be float32, bfloat16 or float16, was float64"
-    if max(q.shape[-1], v.shape[-1]) > MAX_HEAD_DIM:
-        return f"q and v must have heads of at most {MAX_HEAD_DIM}, were {list(q.shape)} and {list(v.shape)}"
+    if not 1 <= q.shape[-1] <= MAX_HEAD_DIM or v.shape[-1] > MAX_HEAD_DIM:
+        return f"q and v must have heads of 1 to {MAX_HEAD_DIM}, were {list(q.shape)} and {list(v.shape)}"
+    if q.is_cuda and (torch.version.hip or torch.cuda.get_device_capability(q.device) < (8, 0)):
+        return f"q must be on an NVIDIA GPU of compute capability 8.0 or above, was on {q.device}"
     return None
 
 
@@ -211,7 +213,7 @@ def tree_attention(
     k            [B, Hkv, slots, hd] x, any strides but the last; or paged, [pages, page, Hkv, hd] with `block_table`
     v            as k, with hd_v in place of hd
     lengths      [B] int32: L, the committed slots of a row; the scratch slots follow them
-    positions    [B, Tq] int32: the queries' positions, which only `window` reads; committed slot j has position j
+    positions    [B, Tq] int32, not negative: the queries', which only `window` reads; committed slot j has position j
     visible      [B, Tq, W] int64: bit m of word w allows scratch slot L + 64 w + m. 64 W is at least Tq: the keys of
                  the queries are in scratch slots.
     scale        positive: factor on q . k

@@ -98,11 +98,14 @@ def random_case(rng: Generator, dtype: torch.dtype, head_dim: int, value_dim: in
         "visible": bits.pack(sees),
         "scale": head_dim**-0.5,
     }
-    written = torch.arange(slots) < lengths[:, None] + queries
-    for name in ("k", "v"):
-        arguments[name] = torch.where(written[:, None, :, None], arguments[name], NAN)
+    if draw(rng, 0, 2) == 0:  # queries far apart, and far from the committed slots
+        arguments["positions"] = torch.randint(0, 2 * slots, (batch, queries), generator=rng, dtype=torch.int32)
     if draw(rng, 0, 1):
         arguments["window"] = pick(rng, 1, draw(rng, 1, 70), draw(rng, 1, slots + 9))
+    slot = torch.arange(slots)
+    written = (slot < lengths[:, None] + queries) & needed(arguments, slot)
+    for name in ("k", "v"):
+        arguments[name] = torch.where(written[:, None, :, None], arguments[name], NAN)
     if draw(rng, 0, 2) == 0:
         # A capped score is right to some 1e-7 of the cap, which in fp32 must stay within the table's tolerance.
         arguments["softcap"] = pick(rng, 0.5, 2.0, 5.0 if dtype == torch.float32 else 50.0)
@@ -113,6 +116,14 @@ def random_case(rng: Generator, dtype: torch.dtype, head_dim: int, value_dim: in
     if layout == "strided":
         return strided(arguments)
     return paged(rng, arguments, pick(rng, 16, 32, 64, 256, 7)) if layout == "paged" else arguments
+
+
+def needed(arguments: Arguments, slot: Tensor) -> Tensor:
+    """Which committed slots no window has left behind, and all others, [batch, slots]."""
+    if arguments.get("window") is None:
+        return torch.ones(len(arguments["lengths"]), len(slot), dtype=torch.bool)
+    first = arguments["positions"].amin(1, keepdim=True) - arguments["window"] + 1
+    return (slot >= first) | (slot >= arguments["lengths"][:, None])
 
 
 def strided(arguments: Arguments) -> Arguments:
@@ -139,9 +150,11 @@ def paged(rng: Generator, arguments: Arguments, page: int) -> Arguments:
         pool = rows.new_full((pages, page, *rows.shape[2:]), NAN)
         pool[table.flatten().long()] = rows.view(batch * blocks, page, *rows.shape[2:])
         result[name] = pool
-    needed = arguments["lengths"][:, None] + arguments["visible"].shape[1]
+    slot = torch.arange(blocks * page)
+    written = slot < arguments["lengths"][:, None] + arguments["visible"].shape[1]
+    used = (written & needed(arguments, slot)).view(batch, blocks, page).any(2)
     garbage = torch.randint(-(2**31), 2**31 - 1, table.shape, generator=rng, dtype=torch.int32)
-    result["block_table"] = torch.where(torch.arange(blocks) * page < needed, table, garbage)
+    result["block_table"] = torch.where(used, table, garbage)
     return result
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 import math
@@ -171,7 +172,7 @@ def test_timer_on_a_cpu(bench):
 
 def test_other_tiles_and_splits_compute_the_same(bench, monkeypatch):
     """What `--peers tune` measures, in Triton's interpreter."""
-    tuning = sys.modules["benchmarks.attention_tuning"]
+    tuning = importlib.import_module("benchmarks.attention_tuning")
     cells = sys.modules["benchmarks.attention_cells"]
     problem = cells.make_problem(bench.Cell(bench.SUBSET[0].model, 5, 1, 600), torch.device("cpu"), torch.float32, 1)
     for config, times in ((tuning.Config(16, 64, 4, 2, 1), 1), (None, 0.5)):
@@ -180,3 +181,19 @@ def test_other_tiles_and_splits_compute_the_same(bench, monkeypatch):
     with pytest.raises(bench.Unavailable, match="20 rows fill less than half of a tile"):
         tuning.tiled(tuning.Config(64, 64, 4, 2, 1))(problem)
     assert len({peer.name for peer in tuning.TUNING}) == len(tuning.TUNING)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--cells", "0"), "--cells: must be at least 1, was 0"),
+        (("--budget", "-5"), "--budget: must be at least 1, was -5"),
+        (("--peers", ""), "--peers must be of sdpa, flex, flashinfer, tune, was ''"),
+        (("--peers", "sdpa,fast"), "--peers must be of sdpa, flex, flashinfer, tune, was 'fast'"),
+        (("--json", "/missing/x.json"), "--json: must be in a folder that exists, was '/missing/x.json'"),
+    ],
+)
+def test_bad_options(bench, monkeypatch, capsys, arguments, message):
+    with pytest.raises(SystemExit):
+        run(bench, monkeypatch, "--device", "cpu", *arguments)
+    assert message in capsys.readouterr().err

@@ -64,7 +64,7 @@ def test_the_limits_of_the_parts_fit_in_that_of_all(gpu):
 
 
 def test_a_part_past_its_limit_keeps_the_result_that_it_left(gpu):
-    parts = {"demo": shell(gpu, f"echo '[1]' > {gpu.LOGS}/demo.json; sleep 20", limit=0.5, read=gpu.read_demo)}
+    parts = {"demo": shell(gpu, f"echo '[1]' > {gpu.LOGS}/demo.json; sleep 20", limit=2, read=gpu.read_demo)}
     report = gpu.run_all(["demo"], parts, 60)["demo"]
     assert (report["status"], report["result"]) == ("timed out", [1])
     report = gpu.run_all(["demo"], {"demo": shell(gpu, "sleep 20", limit=0.2, read=gpu.read_demo)}, 60)["demo"]

@@ -178,24 +178,36 @@ def test_splits_follow_the_length_on_the_device(rng: Generator) -> None:
     assert_close(out, reference(args), torch.float32)
 
 
-def test_addresses_past_the_32_bit_range(rng: Generator) -> None:
-    """Strides whose multiples pass 2^31 elements, in each axis of the cache; the memory between is never touched."""
-    elements = 2**31 + 2**28
-    storage = torch.empty(elements, dtype=torch.bfloat16)
-    small = case(rng, batch=2, slots=40, scratch=5, head_dim=16, value_dim=16, dtype=torch.bfloat16)
-    for far in ("batch", "head", "slot"):
-        args = dict(small)
-        for offset, name in ((0, "k"), (2**12, "v")):
-            near = small[name].stride()[:3]
-            stride = {
-                "batch": (2**31 + 16, near[1], near[2]),
-                "head": (near[0], 2**31 + 16, near[2]),
-                "slot": (16, 64, (2**31 + 16) // 38),
-            }[far]
-            view = storage.as_strided(small[name].shape, (*stride, 1), offset)
-            view.copy_(small[name])
-            args[name] = view
-        assert torch.equal(attend(args, SMALL, 1), attend(small, SMALL, 1)), far
+@pytest.mark.parametrize("far", ["batch", "head", "slot", "page", "slot of a page"])
+def test_addresses_past_the_32_bit_range(rng: Generator, far: str) -> None:
+    """In each axis of the cache, a stride below 2^31 elements of which a multiple is beyond. The memory between is not
+    touched."""
+    storage = torch.empty(2**31 + 2**29, dtype=torch.bfloat16)
+    sizes = {"batch": 3, "kv_heads": 3, "slots": 40, "scratch": 5, "head_dim": 16, "value_dim": 16, "density": 1.0}
+    small = case(rng, **sizes, dtype=torch.bfloat16)
+    small["lengths"] = torch.full((3,), 35, dtype=torch.int32)  # the last slot is read
+    if "page" in far:
+        small = paged(rng, small, 16)
+        pages = small["k"].shape[0]
+        outer, slot = ((2**31 + 2**20) // (pages - 1), 48) if far == "page" else (256, (2**31 + 2**20) // 15)
+        strides = (outer // 16 * 16, slot // 16 * 16, 16)
+    else:
+        near = small["k"].stride()
+        strides = {
+            "batch": (2**30 + 2**16, near[1], near[2]),
+            "head": (near[0], 2**30 + 2**16, near[2]),
+            "slot": (16, 48, (2**31 + 2**20) // 38 // 16 * 16),
+        }[far]
+        if far == "slot":
+            strides = (48 * 16, 16 * 16, strides[2])
+    args = dict(small)
+    for offset, name in ((0, "k"), (2**14, "v")):
+        args[name] = storage.as_strided(small[name].shape, (*strides, 1), offset)
+        args[name].copy_(small[name])
+    assert args["k"].stride()[:3] < (2**31,) * 3
+    out = attend(args, SMALL, 1)
+    assert torch.equal(out, attend(small, SMALL, 1))
+    assert_close(out, reference(small), torch.bfloat16)
 
 
 def test_strides_of_the_small_arguments(rng: Generator) -> None:
@@ -212,16 +224,71 @@ def test_nothing_to_do(rng: Generator, batch: int, queries: int) -> None:
     assert out.shape == (batch, queries, 4, 6)
 
 
+def test_lengths_beyond_the_cache_read_nothing_beyond_it(rng: Generator) -> None:
+    """A caller's mistake that the host cannot see; on a GPU it must not touch other memory."""
+    args = case(rng, slots=100, scratch=5)
+    args["lengths"] = torch.tensor([130, 2**31 - 1], dtype=torch.int32)
+    args["positions"] = torch.full((2, 5), 99, dtype=torch.int32)
+    expected = reference(args | {"lengths": torch.full((2,), 100, dtype=torch.int32)})
+    for splits in (1, 2):
+        assert_close(attend(args, SMALL, splits), expected, torch.float32)
+
+
+def test_queries_far_apart_in_a_window(rng: Generator) -> None:
+    """Of a tile's queries the first sees slots that the last does not, in tiles that only some see whole."""
+    args = case(rng, batch=1, queries=64, kv_heads=1, group=1, slots=800, scratch=64, density=1.0)
+    args["lengths"] = torch.tensor([640], dtype=torch.int32)
+    args["positions"] = 640 + 3 * torch.arange(64, dtype=torch.int32)[None]
+    for window in (150, 300, 500):
+        for config in (Config(64, 64, 4, 1, 1), Config(64, 32, 4, 1, 1)):
+            for splits in (1, 3):
+                assert_close(attend(args | {"window": window}, config, splits), reference(args | {"window": window}))
+
+
+def test_pages_that_a_window_has_left_behind_are_not_read(rng: Generator) -> None:
+    """Their table entries may hold anything, also where a unit of 32 slots begins with them."""
+    args = case(rng, batch=1, queries=1, slots=112, scratch=5)
+    args |= {"lengths": torch.tensor([100], dtype=torch.int32), "positions": torch.tensor([[100]], dtype=torch.int32)}
+    for first in (48, 80, 33):  # the first slot of the window
+        windowed = args | {"window": 101 - first}
+        split = paged(rng, windowed, 16)
+        split["block_table"][:, : first // 16] = 2**30
+        assert_close(attend(split, SMALL, 1), reference(windowed), torch.float32)
+
+
+def test_positions_at_the_end_of_their_range(rng: Generator) -> None:
+    args = case(rng, slots=200, queries=3)
+    args["positions"] = torch.tensor([[2**31 - 1, 2**31 - 40, 5], [0, 7, 2**31 - 2]], dtype=torch.int32)
+    for window in (1, 31, 2**31 - 1, 2**31 - 60):
+        assert_close(attend(args | {"window": window}, SMALL, 1), reference(args | {"window": window}))
+
+
+@pytest.mark.parametrize("splits", [1, 2, 3])
+def test_sinks_count_once(rng: Generator, splits: int) -> None:
+    args = case(rng, slots=950, batch=1)
+    args["lengths"] = torch.tensor([900], dtype=torch.int32)
+    args["sinks"] = torch.tensor([9.0, -float("inf"), 0.0, -3.0])
+    assert_close(attend(args, SMALL, splits), reference(args), torch.float32)
+
+
+@pytest.mark.parametrize("splits", [1, 2, 3])
+def test_scores_of_minus_infinity_weigh_nothing(rng: Generator, splits: int) -> None:
+    """Keys of -inf in a whole tile that comes first: the others are attended as if it were not there."""
+    args = case(rng, batch=1, slots=1040, scratch=4)
+    args["lengths"] = torch.tensor([1030], dtype=torch.int32)
+    args["q"].abs_()
+    args["k"][:, :, :64] = -float("inf")
+    assert_close(attend(args, SMALL, splits), reference(args), torch.float32)
+
+
 def test_an_access_out_of_bounds_is_found(rng: Generator) -> None:
     """The guard of these tests: a launch that believes in more slots than there are, and one with a short output."""
     args = case(rng, slots=40, scratch=5)
     args["lengths"] = torch.tensor([35, 90], dtype=torch.int32)
-    with pytest.raises(Exception, match=r"load of .* out of bounds"):
-        attend(args, SMALL, 1)
-    out, made = prepare(case(rng), SMALL, 1)
-    short = replace(made[0], arguments=made[0].arguments | {"out": out[:1]})
-    with pytest.raises(Exception, match=r"store of .* out of bounds"):
-        run([short], out.device)
+    for change, message in (({"slots": 200}, "load"), ({"out": torch.empty(1)}, "store")):
+        out, made = prepare(args, SMALL, 1)
+        with pytest.raises(Exception, match=rf"{message} of .* out of bounds"):
+            run([replace(made[0], arguments=made[0].arguments | change)], out.device)
 
 
 # The launcher
@@ -239,8 +306,8 @@ def test_the_op_runs_the_kernel_by_name_and_on_cuda(rng: Generator) -> None:
     ("change", "message"),
     [
         ({"dtype": torch.float64}, "q must be float32, bfloat16 or float16, was float64"),
-        ({"head_dim": 257}, "q and v must have heads of at most 256"),
-        ({"value_dim": 300}, "q and v must have heads of at most 256"),
+        ({"head_dim": 257}, "q and v must have heads of 1 to 256"),
+        ({"value_dim": 300}, "q and v must have heads of 1 to 256"),
     ],
 )
 def test_what_the_kernel_does_not_take_goes_to_the_twin(rng: Generator, change: Arguments, message: str) -> None:
@@ -249,6 +316,13 @@ def test_what_the_kernel_does_not_take_goes_to_the_twin(rng: Generator, change: 
         tree_attention(**args, implementation="triton")
     in_order = [args.get(name) for name in (*NAMES, "mask")]
     assert torch.equal(OP._on_cuda(*in_order), tree_attention(**args, implementation="torch"))
+
+
+def test_heads_of_no_size_go_to_the_twin(rng: Generator) -> None:
+    args = case(rng)
+    args |= {"q": args["q"][..., :0], "k": args["k"][..., :0]}
+    with pytest.raises(ValueError, match="q and v must have heads of 1 to 256"):
+        tree_attention(**args, implementation="triton")
 
 
 def test_without_a_gpu_and_the_interpreter_it_says_so() -> None:
@@ -283,15 +357,26 @@ def test_every_head_size_has_tiles(capability: int) -> None:
 
 
 def test_splits_fill_the_device() -> None:
-    assert choose_splits(H200, 16, 128) == 8  # 128 of 132 multiprocessors
-    assert choose_splits(H200, 16, 3) == 3  # no more than the cache has work for
-    assert choose_splits(H200, 132, 128) == 1
-    assert choose_splits(H200, 128, 128) == 1  # nearly full: not worth a merge
-    assert 59 <= choose_splits(H200, 1, 512) <= 64
-    assert choose_splits(H200, 10**6, 512) == 1
+    assert choose_splits(H200, 16, 8, 4096) == (8, 8)  # 128 of 132 multiprocessors
+    assert choose_splits(H200, 16, 4, 4096) == (15, 8)  # twice as many of four warps fit: 240 of 264
+    assert choose_splits(H200, 16, 8, 26) == (3, 8)  # no more than the cache has work for
+    assert choose_splits(H200, 128, 8, 4096) == (1, 8)  # nearly full: not worth a merge
+    assert choose_splits(H200, 132, 8, 4096) == (1, 64)
+    assert choose_splits(H200, 144, 8, 4096)[0] > 1  # a second wave of 12
+    assert choose_splits(H200, 144, 8, 127)[0] == 1  # which two splits of fewer units would not pay for
+    assert 59 <= choose_splits(H200, 1, 8, 10**5)[0] <= 64
+    assert choose_splits(H200, 10**6, 8, 10**5)[0] == 1
     for programs in range(1, 400, 7):
         times = [-(-programs * splits // 132) / splits for splits in range(1, 65)]
-        assert times[choose_splits(H200, programs, 512) - 1] <= 1.1 * min(times)
+        assert times[choose_splits(H200, programs, 8, 10**5)[0] - 1] <= 1.1 * min(times)
+
+
+def test_a_window_bounds_the_splits(rng: Generator) -> None:
+    """A layer whose window is 128 never has work for more than one, whatever the cache holds."""
+    args = case(rng, slots=4000, scratch=20)
+    _, many = prepare(args)
+    _, one = prepare(args | {"window": 128})
+    assert (len(many), len(one)) == (2, 1)
 
 
 # The decoder

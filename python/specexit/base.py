@@ -250,7 +250,7 @@ def probe(base: BaseModel) -> None:
     try:
         with base.attached():
             cache = base.new_cache(lengths, 16)
-            first = chain_context(lengths, 8)
+            first = chain_context(lengths, 8, start=0)
             base.forward(prompt, first, cache, last_logits=True)
             lengths += 8
             positions = lengths.unsqueeze(1) + depth

@@ -16,7 +16,7 @@ class Device:
     """What a launcher adapts to.
 
     capability       10 * major + minor: 90 for an H200
-    multiprocessors  how many programs run at a time, at one each
+    multiprocessors  each runs one or more programs at a time
     """
 
     capability: int

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import triton
 from torch import Tensor
 
 from specexit_kernels.triton.launch import Device, Launch, device_of, run
-from specexit_kernels.triton.tree_attention_kernels import MIN_UNITS, UNIT, attend_kernel, merge_kernel
+from specexit_kernels.triton.tree_attention_kernels import UNIT, attend_kernel, merge_kernel
 from specexit_kernels.triton.tree_attention_table import Config, choose_config, choose_splits
 
 # What a program of the merge reads at a time: 32 fp32 vectors, which its warps hold in registers. Provisional.
@@ -53,12 +55,14 @@ def launches(
     if config is None:
         config = choose_config(device, q.dtype, max(head_dim, value_dim), queries * (heads // kv_heads))
     tiles = triton.cdiv(queries * (heads // kv_heads), config.block_m)
-    if splits is None:
-        splits = choose_splits(device, batch * kv_heads * tiles, triton.cdiv(slots, UNIT.value * MIN_UNITS.value))
+    units = visible.shape[2] + triton.cdiv(slots if window is None else min(slots, window), UNIT.value)
+    chosen, least = choose_splits(device, batch * kv_heads * tiles, config.warps, units)
+    splits = splits or chosen
     partial = partial_lse = None
     if splits > 1:
         partial = q.new_empty(batch, queries, heads, splits, value_dim, dtype=torch.float32)
         partial_lse = q.new_empty(batch, queries, heads, splits, dtype=torch.float32)
+    align = math.gcd(16, *k.stride()[:3], *v.stride()[:3])
     head_block, head_rest = cover(head_dim)
     value_block, value_rest = cover(value_dim)
     shared = {
@@ -71,10 +75,12 @@ def launches(
         "window": window,
         "queries": queries,
         "words": visible.shape[2],
+        "slots": slots,
         "splits": splits,
+        "least": least,
         "stride_positions_batch": positions.stride(0),
         "VALUE": value_dim,
-        "QUERIES": triton.next_power_of_2(queries),
+        "QUERIES": 1 if window is None else triton.next_power_of_2(queries),
     }
     attend = {
         **shared,
@@ -85,18 +91,17 @@ def launches(
         "table": block_table,
         "scale": scale,
         "softcap": softcap,
-        "slots": slots,
         "kv_heads": kv_heads,
         "tiles": tiles,
         "stride_q_batch": q.stride(0),
         "stride_q_query": q.stride(1),
         "stride_q_head": q.stride(2),
-        "stride_k_batch": k.stride(0),
-        "stride_k_head": k.stride(head_axis),
-        "stride_k_slot": k.stride(slot_axis),
-        "stride_v_batch": v.stride(0),
-        "stride_v_head": v.stride(head_axis),
-        "stride_v_slot": v.stride(slot_axis),
+        "stride_k_batch": k.stride(0) // align,
+        "stride_k_head": k.stride(head_axis) // align,
+        "stride_k_slot": k.stride(slot_axis) // align,
+        "stride_v_batch": v.stride(0) // align,
+        "stride_v_head": v.stride(head_axis) // align,
+        "stride_v_slot": v.stride(slot_axis) // align,
         "stride_visible_batch": visible.stride(0),
         "stride_visible_query": visible.stride(1),
         "stride_table_batch": block_table.stride(0) if block_table is not None else 0,
@@ -107,6 +112,7 @@ def launches(
         "VALUE_BLOCK": value_block,
         "VALUE_REST": value_rest,
         "PAGE": k.shape[1] if paged else 1,
+        "ALIGN": align,
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
         "MASKED_STAGES": config.masked_stages,
@@ -119,6 +125,7 @@ def launches(
         **shared,
         "heads": heads,
         "COLUMNS": triton.next_power_of_2(value_dim),
+        "BLOCK_UNITS": config.block_n // UNIT.value,
         "BLOCK_ROWS": MERGED_ROWS,
         "BLOCK_SPLITS": MERGED_SPLITS,
     }

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 UNIT = tl.constexpr(32)  # slots: the bits of half a word
-MIN_UNITS = tl.constexpr(8)  # of a split: fewer are not worth its merge; provisional
+LOWEST = tl.constexpr(-3.4e38)  # finite, where -inf - -inf would be NaN: a tile without any score adds 0
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
@@ -27,29 +27,30 @@ def _either(a, b):
 
 
 @triton.jit
-def _share(length, positions, queries, words, splits, window, QUERIES: tl.constexpr):
+def _share(length, positions, queries, words, splits, least, window, QUERIES: tl.constexpr, BLOCK_UNITS: tl.constexpr):
     """How the units of a row are divided: the first unit that a query sees, the committed units from there on, the
-    units of a split, and the splits that have any. The same in every program of the row, and in the merge."""
+    units of a split (`least` or more, and whole tiles), and the splits that have any. The same in every program of the
+    row, and in the merge."""
     first = length * 0
     if window is not None:
         query = tl.arange(0, QUERIES)
         position = tl.load(positions + query, mask=query < queries, other=2147483647)
         first = tl.minimum(tl.maximum(tl.min(position, 0) - window + 1, 0), length) // UNIT
-    committed = tl.cdiv(length, UNIT) - first
-    share = tl.maximum(tl.cdiv(committed + words, splits), MIN_UNITS)
-    return first, committed, share, tl.cdiv(committed + words, share)
+    units = tl.cdiv(length, UNIT) - first + words
+    share = tl.cdiv(tl.maximum(tl.cdiv(units, splits), least), BLOCK_UNITS) * BLOCK_UNITS
+    return first, units - words, share, tl.cdiv(units, share)
 
 
 @triton.jit
-def _rows(cache, slot, needed, table, stride_page, stride_slot, PAGE: tl.constexpr):
+def _rows(cache, slot, needed, table, stride_page, stride_slot, PAGE: tl.constexpr, ALIGN: tl.constexpr):
     """Pointers to slots in the cache of one head; through the row's page table where there is one."""
     if table is None:
-        rows = cache + slot.to(tl.int64) * stride_slot
+        offset = slot.to(tl.int64) * stride_slot
     else:
         entry = table + slot // PAGE
         page = tl.load(entry) if needed is None else tl.load(entry, mask=needed, other=0)
-        rows = cache + page.to(tl.int64) * stride_page + (slot % PAGE).to(tl.int64) * stride_slot
-    return rows
+        offset = page.to(tl.int64) * stride_page + (slot % PAGE).to(tl.int64) * stride_slot
+    return cache + offset * ALIGN
 
 
 @triton.jit
@@ -81,14 +82,11 @@ def _scores(q, q_rest, rows, needed, scale, softcap, HEAD: tl.constexpr, BLOCK: 
 
 
 @triton.jit
-def _accumulate(acc, acc_rest, peak, total, scores, v, v_rest, factor, REST: tl.constexpr, MASKED: tl.constexpr):
+def _accumulate(acc, acc_rest, peak, total, scores, v, v_rest, factor, REST: tl.constexpr):
     """One step of the online softmax: sums of exp2(factor * score - peak), alone and times V."""
     highest = tl.maximum(peak, tl.max(scores, 1) * factor)
-    base = highest
-    if MASKED:  # a query that has seen nothing yet has no peak; -inf - -inf would be NaN
-        base = tl.where(highest == float("-inf"), 0.0, highest)
-    weights = tl.exp2(scores * factor - base[:, None])
-    decay = tl.exp2(peak - base)
+    weights = tl.exp2(scores * factor - highest[:, None])
+    decay = tl.exp2(peak - highest)
     total = total * decay + tl.sum(weights, 1)
     weights = weights.to(v.dtype)
     acc = tl.dot(weights, v, acc * decay[:, None], input_precision="ieee")
@@ -106,6 +104,7 @@ def _finite(rows, needed, FIRST: tl.constexpr, BLOCK: tl.constexpr, SIZE: tl.con
 
 @triton.jit
 def _store(out, acc, acc_rest, live, SIZE: tl.constexpr, BLOCK: tl.constexpr, REST: tl.constexpr):
+    """Write fp32 rows, rounded to what `out` points to."""
     column = tl.arange(0, BLOCK)
     tl.store(out[:, None] + column[None, :], acc, mask=live[:, None] & (column < SIZE)[None, :])
     if REST:
@@ -113,7 +112,15 @@ def _store(out, acc, acc_rest, live, SIZE: tl.constexpr, BLOCK: tl.constexpr, RE
         tl.store(out[:, None] + column[None, :], acc_rest, mask=live[:, None] & (column < SIZE)[None, :])
 
 
-@triton.jit(do_not_specialize=["window", "queries", "words", "slots", "splits", "tiles"])
+# What changes from call to call would be compiled anew for 1 and for multiples of 16. What the strides of K and V are
+# multiples of, ALIGN says.
+@triton.jit(
+    do_not_specialize=[
+        *("window", "queries", "words", "slots", "splits", "least", "tiles"),
+        *("stride_k_batch", "stride_k_head", "stride_k_slot", "stride_v_batch", "stride_v_head", "stride_v_slot"),
+        *("stride_positions_batch", "stride_visible_batch", "stride_visible_query", "stride_table_batch"),
+    ]
+)
 def attend_kernel(
     q,  # [B, Tq, Hq, HEAD] x
     k,  # [B, Hkv, slots, HEAD] x, or [pages, page, Hkv, HEAD]
@@ -134,11 +141,12 @@ def attend_kernel(
     slots,
     kv_heads,
     splits,
+    least,
     tiles,
     stride_q_batch,
     stride_q_query,
     stride_q_head,
-    stride_k_batch,  # of a page in a paged cache
+    stride_k_batch,  # of a page in a paged cache; of K and V in multiples of ALIGN
     stride_k_head,
     stride_k_slot,
     stride_v_batch,
@@ -156,7 +164,8 @@ def attend_kernel(
     VALUE_BLOCK: tl.constexpr,
     VALUE_REST: tl.constexpr,
     PAGE: tl.constexpr,
-    QUERIES: tl.constexpr,  # a power of two, at least `queries`
+    QUERIES: tl.constexpr,  # a power of two, at least `queries`; 1 without a window
+    ALIGN: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     MASKED_STAGES: tl.constexpr,
@@ -167,9 +176,11 @@ def attend_kernel(
     kv_head = program // (tiles * splits) % kv_heads
     batch = (program // (tiles * splits * kv_heads)).to(tl.int64)
 
-    length = tl.load(lengths + batch)
+    length = tl.minimum(tl.load(lengths + batch), slots)
     positions += batch * stride_positions_batch
-    first, committed, share, active = _share(length, positions, queries, words, splits, window, QUERIES)
+    first, committed, share, active = _share(
+        length, positions, queries, words, splits, least, window, QUERIES, BLOCK_N // UNIT
+    )
     if split >= active:
         return
 
@@ -179,15 +190,15 @@ def attend_kernel(
     head = kv_head * GROUP + row % GROUP
     q += batch * stride_q_batch + query.to(tl.int64) * stride_q_query + head.to(tl.int64) * stride_q_head
     q_block = _load(q, live, 0, HEAD_BLOCK, HEAD)
-    q_rest = q_block
+    q_rest = q_block  # stands where there is no rest, as others below: a name must always have a value
     if HEAD_REST:
         q_rest = _load(q, live, HEAD_BLOCK, HEAD_REST, HEAD)
     visible += batch * stride_visible_batch + query.to(tl.int64) * stride_visible_query
-    k += kv_head.to(tl.int64) * stride_k_head
-    v += kv_head.to(tl.int64) * stride_v_head
+    k += kv_head.to(tl.int64) * stride_k_head * ALIGN
+    v += kv_head.to(tl.int64) * stride_v_head * ALIGN
     if table is None:
-        k += batch * stride_k_batch
-        v += batch * stride_v_batch
+        k += batch * stride_k_batch * ALIGN
+        v += batch * stride_v_batch * ALIGN
     else:
         table += batch * stride_table_batch
 
@@ -200,17 +211,18 @@ def attend_kernel(
         position = tl.load(positions + query, mask=live, other=0)
         farthest = tl.max(tl.where(live, position, 0), 0)
         nearest = tl.min(tl.where(live, position, 2147483647), 0)
-        edge = tl.minimum(tl.maximum(tl.cdiv(farthest - window + 1, UNIT) - first, 0), committed)
+        seen_by_all = tl.maximum(farthest - window + 1, 0)
+        edge = tl.minimum(tl.maximum(seen_by_all // UNIT + (seen_by_all % UNIT > 0) - first, 0), committed)
     whole_begin = tl.minimum(tl.maximum(begin, edge), stop)
     whole_stop = tl.maximum(tl.minimum(stop, length // UNIT - first), whole_begin)
     whole_stop -= (whole_stop - whole_begin) % (BLOCK_N // UNIT)
 
     # A sink is a slot with this score and nothing to add. It is counted once: here, or in the merge.
-    peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    peak = tl.full([BLOCK_M], LOWEST, tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     if sinks is not None:
         sink = tl.load(sinks + head, mask=live, other=0.0).to(tl.float32) * LOG2E
-        peak = tl.where(active == 1, sink, peak)
+        peak = tl.where(active == 1, tl.maximum(sink, LOWEST), LOWEST)
         total += tl.where(active == 1, 1.0, 0.0)
     acc = tl.zeros([BLOCK_M, VALUE_BLOCK], tl.float32)
     acc_rest = peak
@@ -233,8 +245,8 @@ def attend_kernel(
             inside &= slot > nearest - window
         # What no query of the tile sees is not even read.
         needed = (inside | ((tl.reduce(bits, 0, _either) >> bit) & 1 != 0)) & (slot < slots)
-        k_rows = _rows(k, slot, needed, table, stride_k_batch, stride_k_slot, PAGE)
-        v_rows = _rows(v, slot, needed, table, stride_v_batch, stride_v_slot, PAGE)
+        k_rows = _rows(k, slot, needed, table, stride_k_batch, stride_k_slot, PAGE, ALIGN)
+        v_rows = _rows(v, slot, needed, table, stride_v_batch, stride_v_slot, PAGE, ALIGN)
         scores = _scores(q_block, q_rest, k_rows, needed, scale, softcap, HEAD, HEAD_BLOCK, HEAD_REST)
         # A weight of zero does not silence a NaN in V. A slot that holds one is read as zeros, and what it held goes
         # into the scores of those who see it.
@@ -252,21 +264,21 @@ def attend_kernel(
         seen = inside | (needed[None, :] & ((bits[:, None] >> bit[None, :]) & 1 != 0))
         scores = tl.where(seen, scores, float("-inf"))
         acc, acc_rest, peak, total = _accumulate(
-            acc, acc_rest, peak, total, scores, value, value_rest, factor, VALUE_REST, True
+            acc, acc_rest, peak, total, scores, value, value_rest, factor, VALUE_REST
         )
 
     # Committed slots that every query sees: no mask.
     for unit in tl.range(whole_begin, whole_stop, BLOCK_N // UNIT):
         slot = (first + unit) * UNIT + tl.arange(0, BLOCK_N)
-        k_rows = _rows(k, slot, None, table, stride_k_batch, stride_k_slot, PAGE)
-        v_rows = _rows(v, slot, None, table, stride_v_batch, stride_v_slot, PAGE)
+        k_rows = _rows(k, slot, None, table, stride_k_batch, stride_k_slot, PAGE, ALIGN)
+        v_rows = _rows(v, slot, None, table, stride_v_batch, stride_v_slot, PAGE, ALIGN)
         scores = _scores(q_block, q_rest, k_rows, None, scale, softcap, HEAD, HEAD_BLOCK, HEAD_REST)
         value = _load(v_rows, None, 0, VALUE_BLOCK, VALUE)
         value_rest = value
         if VALUE_REST:
             value_rest = _load(v_rows, None, VALUE_BLOCK, VALUE_REST, VALUE)
         acc, acc_rest, peak, total = _accumulate(
-            acc, acc_rest, peak, total, scores, value, value_rest, factor, VALUE_REST, False
+            acc, acc_rest, peak, total, scores, value, value_rest, factor, VALUE_REST
         )
 
     total = tl.where(total == 0, 1.0, total)  # a query that sees nothing: zeros
@@ -274,9 +286,8 @@ def attend_kernel(
     if VALUE_REST:
         acc_rest = acc_rest / total[:, None]
     out_row = (batch * queries + query) * (kv_heads * GROUP) + head
-    kind = out.dtype.element_ty
     alone = live & (active == 1)
-    _store(out + out_row * VALUE, acc.to(kind), acc_rest.to(kind), alone, VALUE, VALUE_BLOCK, VALUE_REST)
+    _store(out + out_row * VALUE, acc, acc_rest, alone, VALUE, VALUE_BLOCK, VALUE_REST)
     if partial is not None:  # noqa: SIM102, decided when the kernel is compiled; the next, when it runs
         if active > 1:
             out_row = out_row * splits + split
@@ -284,7 +295,9 @@ def attend_kernel(
             _store(partial + out_row * VALUE, acc, acc_rest, live, VALUE, VALUE_BLOCK, VALUE_REST)
 
 
-@triton.jit(do_not_specialize=["window", "queries", "words", "splits"])
+@triton.jit(
+    do_not_specialize=["window", "queries", "words", "slots", "splits", "least", "stride_positions_batch"],
+)
 def merge_kernel(
     partial,  # [B, Tq, Hq, splits, VALUE] fp32
     partial_lse,  # [B, Tq, Hq, splits] fp32
@@ -295,30 +308,34 @@ def merge_kernel(
     window,  # or None
     queries,
     words,
+    slots,
     heads,
     splits,
+    least,
     stride_positions_batch,
     VALUE: tl.constexpr,
     COLUMNS: tl.constexpr,  # a power of two, at least VALUE
     QUERIES: tl.constexpr,
+    BLOCK_UNITS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_SPLITS: tl.constexpr,
 ):
     """Join the splits of a few queries and heads of one sequence."""
     blocks = tl.cdiv(queries * heads, BLOCK_ROWS)
     batch = (tl.program_id(0) // blocks).to(tl.int64)
-    length = tl.load(lengths + batch)
+    length = tl.minimum(tl.load(lengths + batch), slots)
     positions += batch * stride_positions_batch
-    _, _, _, active = _share(length, positions, queries, words, splits, window, QUERIES)
+    _, _, _, active = _share(length, positions, queries, words, splits, least, window, QUERIES, BLOCK_UNITS)
     if active == 1:
         return
 
     row = tl.program_id(0) % blocks * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     live = row < queries * heads
-    peak = tl.full([BLOCK_ROWS], float("-inf"), tl.float32)
+    peak = tl.full([BLOCK_ROWS], LOWEST, tl.float32)
     total = tl.zeros([BLOCK_ROWS], tl.float32)
     if sinks is not None:
-        peak = tl.load(sinks + row % heads, mask=live, other=0.0).to(tl.float32) * LOG2E
+        sink = tl.load(sinks + row % heads, mask=live, other=0.0).to(tl.float32) * LOG2E
+        peak = tl.maximum(sink, LOWEST)
         total += 1.0
     row += batch * queries * heads
     column = tl.arange(0, COLUMNS)
@@ -334,11 +351,10 @@ def merge_kernel(
             other=0.0,
         )
         highest = tl.maximum(peak, tl.max(lse, 1))
-        base = tl.where(highest == float("-inf"), 0.0, highest)
-        decay = tl.exp2(peak - base)
-        weights = tl.exp2(lse - base[:, None])
+        decay = tl.exp2(peak - highest)
+        weights = tl.exp2(lse - highest[:, None])
         acc = acc * decay[:, None] + tl.sum(part * weights[:, :, None], 1)
         total = total * decay + tl.sum(weights, 1)
         peak = highest
     acc = acc / tl.where(total == 0, 1.0, total)[:, None]
-    _store(out + row * VALUE, acc.to(out.dtype.element_ty), acc, live, VALUE, COLUMNS, 0)
+    _store(out + row * VALUE, acc, acc, live, VALUE, COLUMNS, 0)

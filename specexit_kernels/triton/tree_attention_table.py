@@ -1,11 +1,12 @@
 """How `tree_attention` is launched: tiles by architecture, head size and query rows, and the number of splits.
 
 Every line is provisional: none has been timed on a GPU yet (`benchmarks/bench_tree_attention.py` will choose). They are
-the largest tiles of each height that compile without spilling, in every variant of the kernel (`make aot-full`).
+the largest tiles of each height that compile without spilling, in the variants that `make aot-full` compiles.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -15,6 +16,9 @@ from specexit_kernels.triton.launch import Device
 
 WASTE = 0.1  # the share of the best time that fewer splits, with less to merge, may cost; provisional
 MAX_SPLITS = 64
+WARPS = 8  # of the kernel, that a multiprocessor holds at a time: the tiles of four fit twice
+# Units of 32 slots. Of 240 query rows in bf16, a split's part is as large as the K and V of 15 units.
+LEAST_UNITS, LEAST_UNITS_FULL = 8, 64
 
 
 class Config(NamedTuple):
@@ -72,11 +76,17 @@ def choose_config(device: Device, dtype: torch.dtype, head_dim: int, rows: int) 
     return next((config for config in line if rows <= config.block_m), line[-1])
 
 
-def choose_splits(device: Device, programs: int, most: int) -> int:
-    """How many splits fill the device, of a launch that has so many programs with each.
+@functools.lru_cache(1024)  # in eager mode every layer of every step asks
+def choose_splits(device: Device, programs: int, warps: int, units: int) -> tuple[int, int]:
+    """How many splits fill the device, of a launch that has so many programs with each, of so many warps; and the least
+    units of 32 slots that a split takes. `units`: what there can be in a row.
 
-    Every multiprocessor runs one program at a time, so `waves / splits` is the time. The fewest splits are taken that
-    come within WASTE of the best: each writes a part that the merge reads again.
+    `waves / splits` is the time. The fewest splits are taken that come within WASTE of the best. Where there are
+    programs enough without, a split must also be worth its part, which is written and read again.
     """
-    times = [math.ceil(programs * s / device.multiprocessors) / s for s in range(1, min(most, MAX_SPLITS) + 1)]
-    return next(s for s, time in enumerate(times, 1) if time <= min(times) * (1 + WASTE))
+    resident = device.multiprocessors * max(1, WARPS // warps)
+    least = LEAST_UNITS if programs < resident else LEAST_UNITS_FULL
+    most = max(1, min(MAX_SPLITS, units // least))
+    times = [math.ceil(programs * splits / resident) / splits for splits in range(1, most + 1)]
+    enough = min(times) * (1 + WASTE)
+    return next(splits for splits, time in enumerate(times, 1) if time <= enough), least

@@ -9,7 +9,7 @@ import torch
 from attention_cases import SIZES, Arguments, case, pick, random_case, reference
 from op_samples import on
 from tolerances import assert_close
-from torch import Generator
+from torch import Generator, Tensor
 
 from specexit_kernels import bits, tree_attention
 from specexit_kernels.tree_attention import OP
@@ -38,6 +38,12 @@ def on_gpu(args: Arguments) -> Arguments:
 def check(args: Arguments, **options: Any) -> None:
     actual = tree_attention(**on_gpu(args), implementation="triton", **options)
     assert_close(actual, reference(args).to(DEVICE), args["q"].dtype)
+
+
+def assert_rows_close(actual: Tensor, expected: Tensor) -> None:
+    """Each query and head in bf16, relative to its own size: over a long context all entries are small."""
+    error = (actual.double() - expected.double()).norm(dim=-1) / expected.double().norm(dim=-1)
+    assert float(error.max()) < 2e-2
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -81,7 +87,10 @@ def test_a_graph_serves_other_lengths(rng: Generator, window: int | None) -> Non
             args[name].copy_(fresh[name])
         out.fill_(float("nan"))
         graph.replay()
-        assert_close(out, reference(fresh | {"window": window}).to(DEVICE), torch.bfloat16)
+        expected = reference(fresh | {"window": window}).to(DEVICE)
+        seen = expected.abs().amax(-1) > 0  # the others must be zeros
+        assert_rows_close(out[seen], expected[seen])
+        assert not out[~seen].any()
 
 
 def test_compiles_as_one_graph(rng: Generator) -> None:
@@ -101,25 +110,26 @@ def test_opcheck(rng: Generator) -> None:
 
 
 def test_a_long_context(rng: Generator) -> None:
-    """131,072 slots; and addresses past 2^31 elements, in the second row of the cache."""
-    slots, nodes, dtype = 131_072, 60, torch.bfloat16
-    args = case(rng, batch=2, queries=nodes, kv_heads=1, group=4, head_dim=128, slots=64, scratch=nodes, dtype=dtype)
-    args["lengths"] = torch.tensor([slots - nodes, slots // 2 + 3], dtype=torch.int32)
+    """131,072 slots, at addresses past 2^31 elements; an error in the mask of a few scratch slots would show."""
+    slots, nodes, dtype, far = 131_072, 60, torch.bfloat16, 2**30 + 2**20
+    args = case(rng, batch=3, queries=nodes, kv_heads=1, group=4, head_dim=128, slots=64, scratch=nodes, dtype=dtype)
+    args["lengths"] = torch.tensor([slots - nodes, slots // 2 + 3, slots // 3], dtype=torch.int32)
     args["positions"] = args["lengths"][:, None] + torch.arange(nodes, dtype=torch.int32)
+    there = on("cuda", {name: value for name, value in args.items() if name not in "kv"})
     here = torch.Generator(DEVICE).manual_seed(int(torch.randint(2**31, (), generator=rng)))
-    for name, far in (("k", 2**31 + 2**20), ("v", slots * 128)):
-        memory = torch.empty(far + slots * 128, dtype=dtype, device=DEVICE)
-        view = memory.as_strided((2, 1, slots, 128), (far, slots * 128, 128, 1))
-        view.normal_(generator=here)
-        args[name] = view
-    there = on("cuda", {name: value for name, value in args.items() if name not in "kv"}) | {
-        name: args[name] for name in "kv"
-    }
+    for name in "kv":
+        memory = torch.empty(2 * far + slots * 128, dtype=dtype, device=DEVICE)
+        there[name] = memory.as_strided((3, 1, slots, 128), (far, slots * 128, 128, 1)).normal_(generator=here)
+    for row, length in enumerate(args["lengths"].tolist()):
+        there["k"][row, :, length:] *= 3  # so that these few slots have weight
+    exact = {n: x.double() if torch.is_tensor(x) and x.is_floating_point() else x for n, x in there.items()}
     for window in (None, pick(rng, 100, 5000)):
         out = tree_attention(**there, window=window, implementation="triton")
-        exact = {n: x.double() if torch.is_tensor(x) and x.is_floating_point() else x for n, x in there.items()}
         expected = tree_attention(**exact, window=window, implementation="torch")
-        assert_close(out, expected, dtype)
+        assert_rows_close(out, expected)
+        wrong = tree_attention(**exact | {"visible": exact["visible"] ^ 1}, window=window, implementation="torch")
+        with pytest.raises(AssertionError):
+            assert_rows_close(wrong, expected)
 
 
 def test_cuda_tensors_take_it(rng: Generator) -> None:
