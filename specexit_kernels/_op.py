@@ -34,8 +34,9 @@ class Implementation:
     absent: str | None = None
     limit: Callable[..., str | None] | None = None
 
-    def takes(self, args: Sequence[Any]) -> bool:
-        return self.absent is None and (self.limit is None or self.limit(*args) is None)
+    def takes(self, args: Sequence[Any] | None) -> bool:
+        """Whether it can run here, with these arguments where any are given."""
+        return self.absent is None and (args is None or self.limit is None or self.limit(*args) is None)
 
 
 class Op:
@@ -77,12 +78,12 @@ class Op:
             raise ValueError(f"name must be one of {KERNELS}, was {name!r}")
         self.kernels[name] = Implementation(name, function, absent, limit)
 
-    def implementation(self, device: str) -> Implementation:
-        """The implementation that runs for tensors on `device` ("cpu" or "cuda")."""
+    def implementation(self, device: str, args: Sequence[Any] | None = None) -> Implementation:
+        """The implementation that runs for tensors on `device` ("cpu" or "cuda"): usually, or for these arguments."""
         if device == "cpu":
             return self.cpu
         for name in KERNELS:
-            if name in self.kernels and self.kernels[name].absent is None:
+            if name in self.kernels and self.kernels[name].takes(args):
                 return self.kernels[name]
         return Implementation("torch", self.reference)
 
@@ -105,10 +106,7 @@ class Op:
         return kernel.function(*args)
 
     def _on_cuda(self, *args: Any) -> Any:
-        for name in KERNELS:
-            if name in self.kernels and self.kernels[name].takes(args):
-                return self.kernels[name].function(*args)
-        return self.reference(*args)
+        return self.implementation("cuda", args).function(*args)
 
 
 def _is_eager_on_cpu(argument: Any) -> bool:

@@ -12,6 +12,7 @@ from specexit_kernels.tree_attention import tree_attention_ref
 
 NAN = float("nan")
 SIZES = ((64, 64), (80, 80), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256), (40, 72), (8, 8))
+NAMES = ("q", "k", "v", "lengths", "positions", "visible", "scale", "window", "softcap", "sinks", "block_table")
 MASKS = ("tree", "chain", "star", "sparse", "full", "empty")
 
 Arguments = dict[str, Any]
@@ -156,6 +157,13 @@ def paged(rng: Generator, arguments: Arguments, page: int) -> Arguments:
     garbage = torch.randint(-(2**31), 2**31 - 1, table.shape, generator=rng, dtype=torch.int32)
     result["block_table"] = torch.where(used, table, garbage)
     return result
+
+
+def span(tensor: Tensor) -> int:
+    """Elements from a tensor's first to its last, in memory."""
+    if tensor.numel() == 0:
+        return 0
+    return 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
 
 
 def reference(arguments: Arguments) -> Tensor:

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from attention_cases import (
+    NAMES,
     NAN,
     SIZES,
     Arguments,
@@ -38,7 +39,6 @@ from specexit_kernels.triton.tree_attention_table import Config, choose_config, 
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is for machines without a GPU")
 SMALL = Config(16, 64, 4, 1, 1)
-NAMES = ("q", "k", "v", "lengths", "positions", "visible", "scale", "window", "softcap", "sinks", "block_table")
 
 
 @pytest.fixture(autouse=True)

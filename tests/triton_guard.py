@@ -15,6 +15,7 @@ from unittest.mock import patch
 import numpy as np
 import torch
 import triton.language as tl
+from attention_cases import span
 from triton.runtime import interpreter
 
 Builder = interpreter.InterpreterBuilder
@@ -43,13 +44,6 @@ class Bounds:
         if not inside.all():
             program = interpreter.interpreter_builder.grid_idx
             raise IndexError(f"{what} of {int((~inside).sum())} elements out of bounds in program {program}")
-
-
-def span(tensor: torch.Tensor) -> int:
-    """Elements from a tensor's first to its last, in memory."""
-    if tensor.numel() == 0:
-        return 0
-    return 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
 
 
 def exact(handle: Any) -> Any:

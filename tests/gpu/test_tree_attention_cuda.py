@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from attention_cases import SIZES, Arguments, case, pick, random_case, reference
+from attention_cases import NAMES, SIZES, Arguments, case, pick, random_case, reference, span
 from op_samples import on
 from tolerances import assert_close
 from torch import Generator, Tensor
@@ -18,7 +18,6 @@ from specexit_kernels.triton.tree_attention import launches
 from specexit_kernels.triton.tree_attention_table import heights
 
 DEVICE = "cuda"
-NAMES = ("q", "k", "v", "lengths", "positions", "visible", "scale", "window", "softcap", "sinks", "block_table")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 pytestmark = pytest.mark.skipif(OP.kernels["triton"].absent is not None, reason=str(OP.kernels["triton"].absent))
 
@@ -28,8 +27,7 @@ def on_gpu(args: Arguments) -> Arguments:
     moved = {}
     for name, value in args.items():
         if isinstance(value, torch.Tensor) and value.numel() > 0:
-            span = 1 + sum((size - 1) * stride for size, stride in zip(value.shape, value.stride(), strict=True))
-            memory = value.as_strided((span,), (1,)).to(DEVICE, copy=True)
+            memory = value.as_strided((span(value),), (1,)).to(DEVICE, copy=True)
             value = memory.as_strided(value.shape, value.stride(), 0)
         moved[name] = value
     return moved
@@ -122,12 +120,11 @@ def test_a_long_context(rng: Generator) -> None:
         there[name] = memory.as_strided((3, 1, slots, 128), (far, slots * 128, 128, 1)).normal_(generator=here)
     for row, length in enumerate(args["lengths"].tolist()):
         there["k"][row, :, length:] *= 3  # so that these few slots have weight
-    exact = {n: x.double() if torch.is_tensor(x) and x.is_floating_point() else x for n, x in there.items()}
     for window in (None, pick(rng, 100, 5000)):
         out = tree_attention(**there, window=window, implementation="triton")
-        expected = tree_attention(**exact, window=window, implementation="torch")
+        expected = reference(there | {"window": window})
         assert_rows_close(out, expected)
-        wrong = tree_attention(**exact | {"visible": exact["visible"] ^ 1}, window=window, implementation="torch")
+        wrong = reference(there | {"window": window, "visible": there["visible"] ^ 1})
         with pytest.raises(AssertionError):
             assert_rows_close(wrong, expected)
 
