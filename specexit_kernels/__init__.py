@@ -9,6 +9,7 @@ from specexit_kernels.decide_exit import decide_exit
 from specexit_kernels.draft_topk import draft_topk
 from specexit_kernels.environment import environment
 from specexit_kernels.grow_beam import grow_beam
+from specexit_kernels.grow_level import grow_level
 from specexit_kernels.project_features import project_features
 from specexit_kernels.sample_targets import sample_targets
 from specexit_kernels.state import DecodeState, ExitReason, ExitRules, Finish, Smoothing, Tree
@@ -30,6 +31,7 @@ __all__ = [
     "draft_topk",
     "environment",
     "grow_beam",
+    "grow_level",
     "implementations",
     "project_features",
     "sample_targets",

@@ -8,14 +8,17 @@ The logits do not leave the op: only k of them are used, and the vocabulary is l
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-from specexit_kernels import _checks
+from specexit_kernels import _checks, triton
 from specexit_kernels._op import Op
 from specexit_kernels.grow_beam import rank
+
+MAX_ROWS, MAX_K = 512, 32  # of the Triton kernels; the twin has no limit
 
 
 def draft_topk_ref(
@@ -50,7 +53,7 @@ def _wide(x: Tensor) -> Tensor:
     return x if x.dtype is torch.float64 else x.float()
 
 
-def _outputs(
+def outputs(
     hidden: Tensor,
     norm_weight: Tensor,
     eps: float,
@@ -60,6 +63,7 @@ def _outputs(
     exit_bias: Tensor | None = None,
     token_map: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """The op's results, empty."""
     rows, signals = hidden.shape[0], 0 if exit_weight is None else exit_weight.shape[0]
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     return (
@@ -73,8 +77,27 @@ OP = Op(
     "draft_topk(Tensor hidden, Tensor norm_weight, float eps, Tensor lm_head, int k, Tensor? exit_weight=None,"
     " Tensor? exit_bias=None, Tensor? token_map=None) -> (Tensor, Tensor, Tensor)",
     draft_topk_ref,
-    _outputs,
+    outputs,
 )
+
+
+def _triton(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    from specexit_kernels.triton.draft_topk import draft_topk_triton
+
+    return draft_topk_triton(*arguments)
+
+
+def _triton_limit(
+    hidden: Tensor, norm_weight: Tensor, eps: float, lm_head: Tensor, k: int, *arguments: Any
+) -> str | None:
+    if hidden.shape[0] > MAX_ROWS:
+        return f"hidden must have at most {MAX_ROWS} rows, had {hidden.shape[0]}"
+    if k > MAX_K:
+        return f"k must be at most {MAX_K}, was {k}"
+    return triton.tensor_limit("hidden", hidden)
+
+
+OP.register_kernel("triton", _triton, triton.absent(), _triton_limit)
 
 
 def draft_topk(
@@ -104,7 +127,11 @@ def draft_topk(
     signals      [N, S] like logprobs: raw, before sigmoid and exp
 
     The norm is computed in fp32 and rounded to x, as in Llama; the logits are fp32. A logit that is NaN counts as -inf,
-    and a row without a softmax (all logits -inf, or one inf) has log-probability -inf throughout.
+    and a row without a softmax (all logits -inf or NaN, or one inf) has log-probability -inf throughout: where a row's
+    first one is -inf, its hidden state or the weights are broken. Equal arguments give equal bits.
+
+    On a GPU the logits lie in a workspace of torch's allocator, fp32, in slabs of rows of at most 256 MiB; float64,
+    more than 512 rows and k above 32 go to the twin.
     Raises TypeError for a wrong type or dtype, ValueError for a wrong shape, stride, device or value.
     """
     arguments = (hidden, norm_weight, eps, lm_head, k, exit_weight, exit_bias, token_map)

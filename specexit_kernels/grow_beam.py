@@ -9,12 +9,15 @@ child from outranking its parent, so that no selection by (score down, index up)
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from specexit_kernels import _checks
+from specexit_kernels import _checks, triton
 from specexit_kernels._op import Op
+
+MAX_CANDIDATES = 4096  # of a sequence, in the Triton kernel; the twin has no limit
 
 
 def rank(scores: Tensor, k: int) -> Tensor:
@@ -34,7 +37,8 @@ def grow_beam_ref(
     return candidates, tokens.flatten(1).gather(1, best), best.int(), candidates.gather(1, best)
 
 
-def _outputs(tokens: Tensor, logprobs: Tensor, scores: Tensor, beams: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def outputs(tokens: Tensor, logprobs: Tensor, scores: Tensor, beams: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The op's results, empty."""
     batch, parents, width = tokens.shape
     return (
         scores.new_empty(batch, parents * width),
@@ -47,8 +51,25 @@ def _outputs(tokens: Tensor, logprobs: Tensor, scores: Tensor, beams: int) -> tu
 _OP = Op(
     "grow_beam(Tensor tokens, Tensor logprobs, Tensor scores, int beams) -> (Tensor, Tensor, Tensor, Tensor)",
     grow_beam_ref,
-    _outputs,
+    outputs,
 )
+
+
+def _triton(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    from specexit_kernels.triton.grow_beam import grow_beam_triton
+
+    return grow_beam_triton(*arguments)
+
+
+def triton_limit(tokens: Tensor, logprobs: Tensor, scores: Tensor, *arguments: Any) -> str | None:
+    """What the Triton kernel cannot take of these arguments, in words."""
+    candidates = tokens.shape[1] * tokens.shape[2]
+    if candidates > MAX_CANDIDATES:
+        return f"tokens must be at most {MAX_CANDIDATES} a sequence, were {candidates}"
+    return triton.tensor_limit("scores", scores)
+
+
+_OP.register_kernel("triton", _triton, triton.absent(), triton_limit)
 
 
 def grow_beam(
@@ -67,12 +88,16 @@ def grow_beam(
 
     Raises TypeError for a wrong type or dtype, ValueError for a wrong shape, device or number of beams.
     """
-    sizes: dict[str, int] = {}
-    _checks.tensor("tokens", tokens, ("B", "M", "k"), torch.int32, sizes)
-    _checks.tensor("logprobs", logprobs, ("B", "M", "k"), torch.float32, sizes, tokens)
-    _checks.tensor("scores", scores, ("B", "M"), torch.float32, sizes, tokens)
-    _checks.between("beams", beams, 1, sizes["M"] * sizes["k"])
+    check_arguments(tokens, logprobs, scores, beams, {})
     candidates, beam_tokens, beam_candidates, beam_scores = _OP(
         tokens, logprobs, scores, beams, implementation=implementation
     )
     return candidates, beam_tokens, beam_candidates, beam_scores
+
+
+def check_arguments(tokens: Tensor, logprobs: Tensor, scores: Tensor, beams: int, sizes: dict[str, int]) -> None:
+    """What `grow_beam` asks of its arguments; raises as it says. Leaves B, M and k in `sizes`."""
+    _checks.tensor("tokens", tokens, ("B", "M", "k"), torch.int32, sizes)
+    _checks.tensor("logprobs", logprobs, ("B", "M", "k"), torch.float32, sizes, tokens)
+    _checks.tensor("scores", scores, ("B", "M"), torch.float32, sizes, tokens)
+    _checks.between("beams", beams, 1, sizes["M"] * sizes["k"])

@@ -9,12 +9,15 @@ three tensors are read where they are, and the signals, which are compared with 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from specexit_kernels import _checks
+from specexit_kernels import _checks, triton
 from specexit_kernels._op import Op
+
+MAX_ROWS = 512  # of the Triton kernel: arithmetic limits more, and the twin's matrix product is the better one
 
 
 def project_features_ref(features: Sequence[Tensor], weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -26,7 +29,8 @@ def project_features_ref(features: Sequence[Tensor], weight: Tensor) -> tuple[Te
     return hidden, torch.nn.functional.linear(x.to(dtype), weight[hidden_size:].to(dtype))
 
 
-def _outputs(features: Sequence[Tensor], weight: Tensor) -> tuple[Tensor, Tensor]:
+def outputs(features: Sequence[Tensor], weight: Tensor) -> tuple[Tensor, Tensor]:
+    """The op's results, empty."""
     rows, hidden_size = features[0].shape
     dtype = torch.promote_types(weight.dtype, torch.float32)
     return (
@@ -35,7 +39,22 @@ def _outputs(features: Sequence[Tensor], weight: Tensor) -> tuple[Tensor, Tensor
     )
 
 
-_OP = Op("project_features(Tensor[] features, Tensor weight) -> (Tensor, Tensor)", project_features_ref, _outputs)
+_OP = Op("project_features(Tensor[] features, Tensor weight) -> (Tensor, Tensor)", project_features_ref, outputs)
+
+
+def _triton(*arguments: Any) -> tuple[Tensor, Tensor]:
+    from specexit_kernels.triton.project_features import project_features_triton
+
+    return project_features_triton(*arguments)
+
+
+def _triton_limit(features: Sequence[Tensor], weight: Tensor) -> str | None:
+    if features[0].shape[0] > MAX_ROWS:
+        return f"features must have at most {MAX_ROWS} rows, had {features[0].shape[0]}"
+    return triton.tensor_limit("weight", weight)
+
+
+_OP.register_kernel("triton", _triton, triton.absent(), _triton_limit)
 
 
 def project_features(
@@ -49,6 +68,7 @@ def project_features(
     hidden    [N, H] x
     signals   [N, S] fp32 (fp64 for fp64), summed and returned in that dtype: raw, before sigmoid and exp
 
+    On a GPU, float64 and more than 512 rows (a prefill) go to the twin and its cuBLAS, which copies the three into one.
     Raises TypeError for a wrong type or dtype, ValueError for a wrong number, shape, stride or device.
     """
     sizes: dict[str, int] = {}

@@ -179,13 +179,9 @@ def _triton(*arguments: Any) -> Tensor:
 
 
 def _triton_limit(q: Tensor, k: Tensor, v: Tensor, *arguments: Any) -> str | None:
-    if q.dtype == torch.float64:
-        return "q must be float32, bfloat16 or float16, was float64"
     if not 1 <= q.shape[-1] <= MAX_HEAD_DIM or v.shape[-1] > MAX_HEAD_DIM:
         return f"q and v must have heads of 1 to {MAX_HEAD_DIM}, were {list(q.shape)} and {list(v.shape)}"
-    if q.is_cuda and (torch.version.hip or torch.cuda.get_device_capability(q.device) < (8, 0)):
-        return f"q must be on an NVIDIA GPU of compute capability 8.0 or above, was on {q.device}"
-    return None
+    return triton.tensor_limit("q", q)
 
 
 OP.register_kernel("triton", _triton, triton.absent(), _triton_limit)

@@ -113,6 +113,18 @@ def _grow_beam(rng: Generator) -> Iterator[Arguments]:
         }
 
 
+def _grow_level(rng: Generator) -> Iterator[Arguments]:
+    for dtype, beams, words in zip(DTYPES, (10, 1, 17), (1, 2, 3), strict=True):
+        grown = list(_grow_beam(rng))[1]
+        yield {
+            **grown,
+            "hidden": normal(rng, BATCH, 10, 48, dtype=dtype),
+            "visible": torch.randint(-(2**63), 2**63 - 1, (BATCH, 10, words), generator=rng),
+            "own": torch.randint(-(2**63), 2**63 - 1, (BATCH, beams, words), generator=rng),
+            "beams": beams,
+        }
+
+
 def _build_tree(rng: Generator) -> Iterator[Arguments]:
     tokens, scores, parents = candidates(rng, 60)
     for nodes in (1, 40, 70):  # 70: too few candidates, and two words of bits
@@ -236,6 +248,7 @@ SAMPLES: dict[str, Callable[[Generator], Iterator[Arguments]]] = {
     "decide_exit": _decide_exit,
     "draft_topk": _draft_topk,
     "grow_beam": _grow_beam,
+    "grow_level": _grow_level,
     "project_features": _project_features,
     "sample_targets": _sample_targets,
     "tree_attention": _tree_attention,

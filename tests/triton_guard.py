@@ -1,8 +1,9 @@
 """Triton's interpreter, made strict: every access of a kernel must lie within a tensor that it was given.
 
-The interpreter reads whatever lies at an address, and multiplies bfloat16 matrices as if their bits were integers.
-Within `guarded()` an access out of bounds raises IndexError, and `tl.dot` is right. (Other arithmetic on bfloat16 is
-wrong there too: kernels cast to fp32 right after a load.)
+The interpreter reads whatever lies at an address, multiplies bfloat16 matrices as if their bits were integers, and cuts
+off what does not fit when it rounds to bfloat16. Within `guarded()` an access out of bounds raises IndexError, and
+`tl.dot` and conversions are right. (Other arithmetic on bfloat16 is wrong there too: kernels cast to fp32 right after a
+load.)
 """
 
 from __future__ import annotations
@@ -53,13 +54,25 @@ def exact(handle: Any) -> Any:
     return interpreter.TensorHandle((handle.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
 
 
+def rounded(handle: Any) -> Any:
+    """A tensor of fp32 in bfloat16: to the nearest, of two the even one."""
+    bits = torch.from_numpy(np.ascontiguousarray(handle.data)).bfloat16().view(torch.uint16).numpy()
+    return interpreter.TensorHandle(bits, tl.bfloat16)
+
+
 @contextmanager
 def guarded() -> Iterator[None]:
     """Strict as above, for the kernels that are launched within."""
-    bounds, dot = Bounds(), Builder.create_dot
+    bounds, dot, cast = Bounds(), Builder.create_dot, Builder.cast_impl
 
     def create_dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
         return dot(self, exact(a), exact(b), *rest)
+
+    def cast_impl(self: Any, source: Any, to: Any) -> Any:
+        kinds = source.dtype.scalar, to.scalar
+        if kinds == (tl.float32, tl.bfloat16):
+            return rounded(source)
+        return exact(source) if kinds == (tl.bfloat16, tl.float32) else cast(self, source, to)
 
     def checked(original: Callable[..., Any], what: str, pointer: int, mask: int | None) -> Callable[..., Any]:
         def access(self: Any, *args: Any) -> Any:
@@ -72,6 +85,7 @@ def guarded() -> Iterator[None]:
     # of kernels; the others and atomics are not used.
     with ExitStack() as stack:
         stack.enter_context(patch.object(Builder, "create_dot", create_dot))
+        stack.enter_context(patch.object(Builder, "cast_impl", cast_impl))
         for name, pointer, mask in (
             ("create_load", 0, None),
             ("create_store", 0, None),

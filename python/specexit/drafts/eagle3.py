@@ -25,7 +25,7 @@ from specexit.drafts.base import Candidates, signal_columns
 from specexit.drafts.eagle3_config import Eagle3Config, Source
 from specexit.drafts.eagle3_workspace import Rows, Workspace
 from specexit.drafts.rope import RopeTable, rotate_
-from specexit_kernels import grow_beam, project_features, unchecked
+from specexit_kernels import grow_beam, grow_level, project_features, unchecked
 from specexit_kernels.draft_topk import check_arguments as check_draft_topk
 from specexit_kernels.state import SIGNALS
 from specexit_kernels.tree_attention import check_arguments as check_tree_attention
@@ -193,24 +193,24 @@ class Eagle3Draft(nn.Module):
         hidden = hidden.unsqueeze(1).expand(-1, k, -1).flatten(0, 1)
         masks = w.chain_masks(lengths)
         for level, rows in enumerate(w.level_rows(lengths)):
-            own = w.own_bits[level]
             if level == 0 or k == 1:
-                visible = own
-            else:
-                parent = w.parent_rows(beams[-1])
-                hidden = hidden.index_select(0, parent)
-                visible = visible.flatten(0, 1).index_select(0, parent).view_as(own) | own
+                visible = w.own_bits[level]
             hidden = self._layer(beam.flatten(), hidden, rows, visible, masks[level])
             children, logprobs, _ = self._top(hidden, k)
             if k == 1:  # a chain has nothing to choose: the child is the beam, scored as `grow_beam` does
                 beam = children
                 grown = scores = torch.minimum(scores + logprobs, scores)
+            elif level + 1 == w.levels:  # it is only scored
+                grown = grow_beam(children.view(B, k, k), logprobs.view(B, k, k), scores, 1)[0]
             else:
-                grown, beam, chosen, scores = grow_beam(children.view(B, k, k), logprobs.view(B, k, k), scores, k)
+                ranked = (children.view(B, k, k), logprobs.view(B, k, k), scores)
+                rows_of_beam = (hidden.view(B, k, -1), visible, w.own_bits[level + 1])
+                grown, beam, chosen, scores, hidden, visible = grow_level(*ranked, *rows_of_beam, k)
+                hidden = hidden.flatten(0, 1)
                 beams.append(chosen)
             tokens.append(children.view(B, k * k))
             all_scores.append(grown)
-        return Candidates(torch.cat(tokens, 1), torch.cat(all_scores, 1), w.parents(beams[:-1]))
+        return Candidates(torch.cat(tokens, 1), torch.cat(all_scores, 1), w.parents(beams))
 
     def _project(self, features: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         """Features [B, R, 3 Ht] -> the draft's features [N, H], and the raw signals of the weight's other rows."""

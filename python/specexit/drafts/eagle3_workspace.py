@@ -64,9 +64,8 @@ class Workspace:
         own = bits.chain(1, levels, device) if k == 1 else bits.pack(torch.eye(levels * k, device=device).bool())
         self.own_bits = own.view(levels, 1, k, -1).repeat(1, batch, 1, 1) if levels else own  # [levels, B, k, W]
 
-        # Candidates are the root's k, then k * k a level: k of each beam token. Where those began in the flattened
-        # batch, and the candidates' parents as far as they are the same in every step.
-        self._first_candidate = (integers(batch) * k * k).repeat_interleave(k)  # [B * k]
+        # Candidates are the root's k, then k * k a level: k of each beam token. Their parents, as far as they are the
+        # same in every step.
         self._level_candidate = k + k * k * integers(max(levels - 1, 0)).view(-1, 1)  # [levels - 1, 1]
         parents = (
             integers(self.depth) - 1 if k == 1 else torch.cat((beam.new_full((k,), -1), beam.repeat_interleave(k)))
@@ -142,10 +141,6 @@ class Workspace:
             lengths, positions, visible, self.keys.shape[2], dtype=torch.promote_types(self.keys.dtype, torch.float32)
         )
         return mask.split(1, 1)
-
-    def parent_rows(self, chosen: Tensor) -> Tensor:
-        """Candidates [B, k] of a level, each among its row's k * k -> rows [B * k] of the beam that they grew from."""
-        return (chosen.flatten() + self._first_candidate) // self.k
 
     def parents(self, chosen: list[Tensor]) -> Tensor:
         """Parents [B, C] int32 of all candidates; `chosen` [B, k] are the beams of level 1 and on, by candidate."""
