@@ -17,7 +17,9 @@ from torch import Tensor
 from specexit_kernels import _checks, triton
 from specexit_kernels._op import Op
 
-MAX_ROWS = 512  # of the Triton kernel: arithmetic limits more, and the twin's matrix product is the better one
+# Of the Triton kernel. With more rows the product is no longer a matter of reading the weight, and the twin's cuBLAS
+# takes it. Provisional: by arithmetic, not by measurement.
+MAX_ROWS = 128
 
 
 def project_features_ref(features: Sequence[Tensor], weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -68,7 +70,7 @@ def project_features(
     hidden    [N, H] x
     signals   [N, S] fp32 (fp64 for fp64), summed and returned in that dtype: raw, before sigmoid and exp
 
-    On a GPU, float64 and more than 512 rows (a prefill) go to the twin and its cuBLAS, which copies the three into one.
+    On a GPU, float64 and more than 128 rows (a prefill) go to the twin and its cuBLAS, which copies the three into one.
     Raises TypeError for a wrong type or dtype, ValueError for a wrong number, shape, stride or device.
     """
     sizes: dict[str, int] = {}

@@ -63,6 +63,7 @@ def rounded(handle: Any) -> Any:
 @contextmanager
 def guarded() -> Iterator[None]:
     """Strict as above, for the kernels that are launched within."""
+    patched: set[int] = set()
     bounds, dot, cast = Bounds(), Builder.create_dot, Builder.cast_impl
 
     def create_dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
@@ -81,11 +82,24 @@ def guarded() -> Iterator[None]:
 
         return access
 
+    def take(*args: Any) -> Any:
+        patched.clear()
+        return bounds.take(*args)
+
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        """A function that a kernel calls: the language is exchanged for the interpreter's once a launch and module, and
+        not in every call, which would take a third of the time."""
+        if id(self.fn.__globals__) not in patched:
+            patched.add(id(self.fn.__globals__))
+            interpreter._patch_lang(self.fn)
+        return self.rewrite()(*args, **kwargs)
+
     # Name, and where among the arguments its pointers and its mask are. The masked ones serve all loads and stores
     # of kernels; the others and atomics are not used.
     with ExitStack() as stack:
         stack.enter_context(patch.object(Builder, "create_dot", create_dot))
         stack.enter_context(patch.object(Builder, "cast_impl", cast_impl))
+        stack.enter_context(patch.object(interpreter.InterpretedFunction, "__call__", call))
         for name, pointer, mask in (
             ("create_load", 0, None),
             ("create_store", 0, None),
@@ -95,6 +109,6 @@ def guarded() -> Iterator[None]:
             ("create_atomic_cas", 0, None),
         ):
             stack.enter_context(patch.object(Builder, name, checked(getattr(Builder, name), name[7:], pointer, mask)))
-        stack.enter_context(patch.object(interpreter.GridExecutor, "_init_args_hst", lambda *a: bounds.take(*a)))
+        stack.enter_context(patch.object(interpreter.GridExecutor, "_init_args_hst", take))
         stack.enter_context(patch.object(interpreter.GridExecutor, "_restore_args_dev", lambda *a: None))
         yield

@@ -35,15 +35,17 @@ class Config(NamedTuple):
 
 _Line = tuple[Config, ...]  # by ascending rows
 
-# Hopper, Blackwell: 227 KB of shared memory.
+# Hopper, Blackwell: 227 KB of shared memory. More rows than a tile read the weight several times out of L2: the larger
+# the tiles, the fewer.
 _HEAD: _Line = (
     Config(16, 128, 128, 4, 3),
     Config(32, 128, 128, 4, 3),
     Config(64, 128, 64, 4, 4),
-    Config(128, 128, 64, 8, 3),
+    Config(128, 256, 64, 8, 4),
 )
+_HEAD_BLACKWELL: _Line = (*_HEAD[:3], Config(128, 128, 64, 8, 3))
 _FEATURES: _Line = (
-    Config(16, 32, 256, 4, 4),
+    Config(16, 32, 128, 4, 8),
     Config(32, 32, 128, 4, 4),
     Config(64, 64, 128, 4, 3),
     Config(128, 64, 64, 8, 4),
@@ -54,12 +56,12 @@ _HEAD_99: _Line = (
     Config(16, 64, 64, 4, 4),
     Config(32, 64, 64, 4, 4),
     Config(64, 64, 64, 4, 3),
-    Config(128, 64, 32, 8, 4),
+    Config(128, 128, 32, 8, 4),
 )
 _FEATURES_99: _Line = (
     Config(16, 32, 128, 4, 4),
     Config(32, 32, 128, 4, 3),
-    Config(64, 64, 64, 4, 3),
+    Config(64, 64, 64, 8, 3),
     Config(128, 64, 32, 8, 4),
 )
 
@@ -70,7 +72,9 @@ def head_configs(device: Device, dtype: torch.dtype) -> tuple[Config, ...]:
     """The table's line for `draft_topk`, by ascending rows."""
     if dtype == torch.float32:
         return _FLOAT32
-    return _HEAD if 90 <= device.capability < 120 else _HEAD_99
+    if not 90 <= device.capability < 120:
+        return _HEAD_99
+    return _HEAD if device.capability < 100 else _HEAD_BLACKWELL
 
 
 def features_configs(device: Device, dtype: torch.dtype) -> tuple[Config, ...]:
@@ -81,9 +85,8 @@ def features_configs(device: Device, dtype: torch.dtype) -> tuple[Config, ...]:
 
 
 def choose_config(line: tuple[Config, ...], rows: int) -> Config:
-    """The lowest tile that holds all rows; where none does, the one that pads them least, the highest of equals."""
-    holding = next((config for config in line if rows <= config.rows), None)
-    return holding or min(reversed(line), key=lambda config: math.ceil(rows / config.rows) * config.rows)
+    """The lowest tile that holds all rows, or else the highest."""
+    return next((config for config in line if rows <= config.rows), line[-1])
 
 
 def choose_splits(device: Device, programs: int, blocks: int) -> int:

@@ -17,10 +17,11 @@ from specexit_kernels.triton.draft_head_table import (
 )
 from specexit_kernels.triton.launch import Device, Launch, device_of, run
 
-# Provisional: what a program reads of its rows at a time to norm them, and the warps that search one row's logits.
+# Provisional: what a program reads of its rows at a time to norm them, and the tiles whose maxima one warp
+# holds when it searches a row.
 NORM_ENTRIES = 8192
 NORM_ROWS, NORM_WARPS = 4, 4
-SELECT_WARPS = 1  # whose maxima need no barrier
+SELECT_TILES = 1024  # of one warp, whose maxima need no barrier; more tiles take more warps
 
 
 def launches(
@@ -96,9 +97,10 @@ def launches(
             "BLOCK_V": config.block_v,
             "TILES": triton.next_power_of_2(vocab_tiles),
         }
+        warps = min(max(1, select["TILES"] // SELECT_TILES), 32)
         programs = row_tiles * (vocab_tiles + (exit_weight is not None))
         made.append(Launch(head_kernel, programs, head, config.warps, config.stages))
-        made.append(Launch(select_kernel, n, select, SELECT_WARPS, stages=1))
+        made.append(Launch(select_kernel, n, select, warps, stages=1))
     return made
 
 

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from attention_cases import NAMES, SIZES, Arguments, case, pick, random_case, reference, span
+from attention_cases import NAMES, SIZES, Arguments, case, pick, random_case, reference
+from gpu_memory import on_gpu
 from op_samples import on
 from tolerances import assert_close
 from torch import Generator, Tensor
@@ -20,17 +21,6 @@ from specexit_kernels.triton.tree_attention_table import heights
 DEVICE = "cuda"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 pytestmark = pytest.mark.skipif(OP.kernels["triton"].absent is not None, reason=str(OP.kernels["triton"].absent))
-
-
-def on_gpu(args: Arguments) -> Arguments:
-    """On the GPU, with the strides that they have."""
-    moved = {}
-    for name, value in args.items():
-        if isinstance(value, torch.Tensor) and value.numel() > 0:
-            memory = value.as_strided((span(value),), (1,)).to(DEVICE, copy=True)
-            value = memory.as_strided(value.shape, value.stride(), 0)
-        moved[name] = value
-    return moved
 
 
 def check(args: Arguments, **options: Any) -> None:

@@ -1,0 +1,130 @@
+"""Arguments of the ops of a draft's head, and what their results must be, for the tests of their kernels in the
+interpreter and on a GPU."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from attention_cases import draw, normal, pick
+from tolerances import assert_close
+from torch import Generator, Tensor
+
+NAN = math.nan
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+HEAD_NAMES = ("hidden", "norm_weight", "eps", "lm_head", "k", "exit_weight", "exit_bias", "token_map")
+BEAM_NAMES = ("tokens", "logprobs", "scores", "beams")
+
+Arguments = dict[str, Any]
+
+
+def head_case(
+    rng: Generator, rows: int, size: int, vocab: int, k: int, *, signals: int = 0, dtype: torch.dtype = torch.float32
+) -> Arguments:
+    return {
+        "hidden": normal(rng, rows, size, dtype=dtype) * 3,
+        "norm_weight": normal(rng, size, dtype=dtype),
+        "eps": 0.05,
+        "lm_head": (normal(rng, vocab, size) / size**0.5).to(dtype),
+        "k": k,
+        "exit_weight": (normal(rng, signals, size) / size**0.5).to(dtype) if signals else None,
+        "exit_bias": normal(rng, signals, dtype=dtype) if signals and draw(rng, 0, 1) else None,
+        "token_map": torch.randint(0, 150_000, (vocab,), generator=rng, dtype=torch.int32) if draw(rng, 0, 1) else None,
+    }
+
+
+def one_hot(logits: Tensor, dtype: torch.dtype = torch.float32) -> Arguments:
+    """Arguments with these very logits [N, Vd]: row n is axis n of 16, which the norm makes 4 long; nothing rounds."""
+    weights = torch.zeros(logits.shape[1], 16)
+    weights[:, : len(logits)] = logits.T / 4
+    hidden = torch.eye(16)[: len(logits)]
+    return {
+        "hidden": hidden.to(dtype),
+        "norm_weight": torch.ones(16, dtype=dtype),
+        "eps": 1e-30,
+        "lm_head": weights.to(dtype),
+        "k": 0,
+        "exit_weight": None,
+        "exit_bias": None,
+        "token_map": None,
+    }
+
+
+def exact(args: Arguments) -> tuple[Tensor, Tensor]:
+    """Log-probabilities [N, Vd] and signals [N, S] in float64, of the row that is rounded where the op rounds it."""
+    x, dtype = args["hidden"].double(), args["hidden"].dtype
+    x = (x / (x.pow(2).mean(1, keepdim=True) + args["eps"]).sqrt()).to(dtype).double()
+    row = (args["norm_weight"].double() * x).to(dtype).double()
+    signals = row.new_empty(len(row), 0) if args["exit_weight"] is None else row @ args["exit_weight"].double().T
+    if args["exit_bias"] is not None:
+        signals = signals + args["exit_bias"].double()
+    return (row @ args["lm_head"].double().T).log_softmax(1), signals
+
+
+def check_head(args: Arguments, result: tuple[Tensor, ...]) -> None:
+    """A result of `draft_topk` without a token map, against float64: the k values are the k largest, in order, each
+    that of its token, and the signals are right."""
+    draft_ids, logprobs, signals = (x.cpu() for x in result)
+    expected, expected_signals = exact(args)
+    dtype = args["hidden"].dtype
+    ids = draft_ids.long()
+    assert ((ids >= 0) & (ids < expected.shape[1])).all()
+    assert all(len(set(row)) == len(row) for row in ids.tolist())
+    assert_close(logprobs, expected.gather(1, ids), dtype)
+    assert_close(logprobs, expected.sort(1, descending=True).values[:, : args["k"]], dtype)
+    assert (logprobs.diff(dim=1) <= 0).all()
+    # Rows are rounded alike, so little but the order of the sums is left, whatever the dtype.
+    flips = 0 if dtype == torch.float32 else 4 * torch.finfo(dtype).eps
+    assert (logprobs - expected.gather(1, ids)).abs().max() <= 2e-5 + flips
+    assert_close(signals, expected_signals, dtype)
+
+
+def features_case(
+    rng: Generator, rows: int, size: int, signals: int, dtype: torch.dtype
+) -> tuple[list[Tensor], Tensor]:
+    weight = (normal(rng, size + signals, 3 * size) / (3 * size) ** 0.5).to(dtype)
+    layout = draw(rng, 0, 2)
+    if layout == 0:
+        return [normal(rng, rows, size, dtype=dtype) for _ in range(3)], weight
+    whole = normal(rng, rows, 3 * size, dtype=dtype)
+    if layout == 1:
+        return list(whole.split(size, 1)), weight
+    wide = torch.full((rows, 3, size + 5), NAN, dtype=dtype)
+    wide[..., :size] = whole.view(rows, 3, size)
+    storage = torch.full((size + signals, 3 * size + 8), NAN, dtype=dtype)
+    storage[:, : 3 * size] = weight
+    return list(wide[..., :size].unbind(1)), storage[:, : 3 * size]
+
+
+def check_features(features: list[Tensor], weight: Tensor, result: tuple[Tensor, Tensor]) -> None:
+    """A result of `project_features` against float64."""
+    hidden, signals = (x.cpu() for x in result)
+    dtype, size = weight.dtype, features[0].shape[1]
+    assert hidden.dtype == dtype
+    products = torch.cat([x.double() for x in features], 1) @ weight.double().T
+    expected = products[:, :size]
+    # Sums in fp32, whatever the inputs: of terms that are some 1 / sqrt(3 H) each, in any order.
+    summed = 2e-5
+    assert (signals.double() - products[:, size:]).abs().le(summed).all()
+    # And one rounding of them, but no other.
+    assert (hidden.double() - expected).abs().le(expected.abs() * torch.finfo(dtype).eps + summed).all()
+
+
+def grow_case(
+    rng: Generator, batch: int, parents: int, width: int, beams: int, hidden: int = 5, words: int = 1
+) -> Arguments:
+    dtype = pick(rng, torch.float32, torch.bfloat16, torch.float16)
+
+    def bits(count: int) -> Tensor:
+        return torch.randint(-(2**63), 2**63 - 1, (batch, count, words), generator=rng)
+
+    return {
+        "tokens": torch.randint(0, 150_000, (batch, parents, width), generator=rng, dtype=torch.int32),
+        "logprobs": -torch.rand(batch, parents, width, generator=rng) * 5,
+        "scores": -torch.rand(batch, parents, generator=rng) * 5,
+        "hidden": torch.randn(batch, parents, hidden, generator=rng).to(dtype),
+        "visible": bits(parents),
+        "own": bits(beams),
+        "beams": beams,
+    }
