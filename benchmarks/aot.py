@@ -17,13 +17,13 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 os.environ.pop("TRITON_INTERPRET", None)  # read when a kernel is defined: the interpreter compiles nothing
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that the script can be run by its path
 
 import torch
 import triton
@@ -33,42 +33,14 @@ from triton.compiler import ASTSource
 from triton.compiler.compiler import make_backend
 from triton.runtime.jit import create_function_from_signature
 
-from specexit_kernels.triton.launch import Device, Launch
-from specexit_kernels.triton.tree_attention import launches
-from specexit_kernels.triton.tree_attention_table import Config, heights
+from benchmarks.aot_cells import Cell, full, subset, tensor_core
+from specexit_kernels.triton.launch import Launch
 
 TOOLS = Path(nvidia.__file__).parent / "bin"
 # KB of shared memory that a block may use (CUDA C++ programming guide, technical specifications). An A100 has 163; its
 # line of the table also serves sm_86, sm_89 and sm_120.
 SHARED = {80: 99, 90: 227, 100: 227}
-SIZES = ((64, 64), (80, 80), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256))  # of keys and values
-OPTIONS: tuple[dict[str, Any], ...] = (
-    {},
-    {"page": 16},
-    {"window": 128, "sinks": True},
-    {"softcap": 50.0},
-    {"page": 64, "window": 4096, "softcap": 30.0, "sinks": True},
-)
 OPCODES = ("HGMMA", "UTCHMMA", "HMMA", "LDGSTS", "LDL", "STL")
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One kernel for one architecture, as `launches` would make it for a tree of 60 nodes in groups of 4 heads."""
-
-    capability: int
-    dtype: torch.dtype
-    head_dim: int
-    value_dim: int
-    config: Config
-    options: tuple[tuple[str, Any], ...]
-
-    @property
-    def name(self) -> str:
-        size = f"{self.head_dim}" if self.head_dim == self.value_dim else f"{self.head_dim}/{self.value_dim}"
-        words = [f"{name}={value}" if value is not True else name for name, value in self.options]
-        dtype = str(self.dtype).removeprefix("torch.")
-        return " ".join([f"sm_{self.capability}", dtype, f"hd {size}", "x".join(map(str, self.config)), *words])
 
 
 @dataclass(frozen=True)
@@ -89,72 +61,10 @@ class Build:
             found += [f"{self.opcodes[name]} {name}" for name in ("LDL", "STL") if name in self.opcodes]
         if self.shared > SHARED[cell.capability] * 1024:
             found.append(f"{self.shared} bytes of shared memory")
-        tensor_core = expected_opcode(cell)
-        if self.kernel == "attend_kernel" and tensor_core and tensor_core not in self.opcodes:
-            found.append(f"no {tensor_core}")
+        expected = tensor_core(cell, self.kernel)
+        if expected and expected not in self.opcodes:
+            found.append(f"no {expected}")
         return found
-
-
-def expected_opcode(cell: Cell) -> str | None:
-    """The tensor cores' instruction: wgmma and tcgen05 take 64 rows; fp32 has none that is exact."""
-    if cell.dtype == torch.float32:
-        return None
-    return {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}[cell.capability] if cell.config.block_m >= 64 else "HMMA"
-
-
-def subset() -> Iterator[Cell]:
-    """Every architecture and height at head size 128, and the widest variant of the others."""
-    for capability in SHARED:
-        for config in heights(Device(capability, 132), torch.bfloat16, 128):
-            yield Cell(capability, torch.bfloat16, 128, 128, config, ())
-        for size in (64, 256):
-            config = heights(Device(capability, 132), torch.float16, size)[-1]
-            yield Cell(capability, torch.float16, size, size, config, tuple(OPTIONS[-1].items()))
-    yield Cell(90, torch.bfloat16, 192, 128, heights(Device(90, 132), torch.bfloat16, 192)[-1], ())
-
-
-def full() -> Iterator[Cell]:
-    """Every line of the table, for every head size that takes it, in every variant."""
-    for capability in SHARED:
-        for dtype in (torch.bfloat16, torch.float16, torch.float32):
-            for head_dim, value_dim in SIZES:
-                for config in heights(Device(capability, 132), dtype, max(head_dim, value_dim)):
-                    for options in OPTIONS if dtype == torch.bfloat16 else OPTIONS[::4]:
-                        yield Cell(capability, dtype, head_dim, value_dim, config, tuple(options.items()))
-
-
-def launches_of(cell: Cell) -> list[Launch]:
-    """The launches on tensors without memory."""
-    nodes, kv_heads, group, slots = 60, 8, 4, 8192
-    options = dict(cell.options)
-
-    def empty(*shape: int, dtype: torch.dtype = cell.dtype) -> torch.Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
-
-    q = empty(1, kv_heads * group, nodes, cell.head_dim).transpose(1, 2)  # as transformers gives it
-    table = None
-    if page := options.pop("page", None):
-        k, v = (empty(slots // page, page, kv_heads, size) for size in (cell.head_dim, cell.value_dim))
-        table = empty(1, slots // page, dtype=torch.int32)
-    else:
-        k, v = (empty(1, kv_heads, slots, size) for size in (cell.head_dim, cell.value_dim))
-    return launches(
-        q,
-        k,
-        v,
-        empty(1, dtype=torch.int32),
-        empty(1, nodes, dtype=torch.int32),
-        empty(1, nodes, 1, dtype=torch.int64),
-        cell.head_dim**-0.5,
-        options.get("window"),
-        options.get("softcap"),
-        empty(kv_heads * group) if options.get("sinks") else None,
-        table,
-        empty(1, nodes, kv_heads * group, cell.value_dim),
-        device=Device(cell.capability, 132),
-        config=cell.config,
-        splits=8,
-    )
 
 
 def build(launch: Launch, capability: int) -> Build:
@@ -188,7 +98,7 @@ def build(launch: Launch, capability: int) -> Build:
 
 def build_cell(cell: Cell) -> list[Build]:
     """Every launch of a cell."""
-    return [build(launch, cell.capability) for launch in launches_of(cell)]
+    return [build(launch, cell.capability) for launch in cell.launches()]
 
 
 def main() -> int:
