@@ -5,14 +5,14 @@
 #   make test        lint, and the tests that take seconds each
 #   make test-full   every test
 #   make lint        ruff and mypy
-#   make bench       a decode step, part by part, and tree attention, on this machine
-#   make bench-full  tree attention in every shape, for a GPU: hours
+#   make bench       a decode step, part by part, tree attention and the draft's head, on this machine
+#   make bench-full  tree attention and the draft's head in every shape, for a GPU: hours
 #   make aot         compile the Triton kernels for GPUs that need not be here: registers, spills; aot-full: all variants
 #   make gpu         on a machine with an NVIDIA GPU: build, test, measure, try (benchmarks/README.md)
 #   make clean       remove what was built, and the virtual environment
 
 PYTHON ?= python3
-PARTS ?= build,tests,tree_attention,demo
+PARTS ?= build,tests,tree_attention,draft_head,demo
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -41,9 +41,11 @@ lint: $(INSTALLED)
 bench: $(INSTALLED)
 	$(BIN)/python benchmarks/bench_step.py
 	$(BIN)/python benchmarks/bench_tree_attention.py
+	$(BIN)/python benchmarks/bench_draft_head.py
 
 bench-full: $(INSTALLED)
 	$(BIN)/python benchmarks/bench_tree_attention.py --all
+	$(BIN)/python benchmarks/bench_draft_head.py --all
 
 aot: $(INSTALLED)
 	$(BIN)/python benchmarks/aot.py

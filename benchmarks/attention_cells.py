@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from benchmarks import harness, timer
 from specexit_kernels import bits
 from specexit_kernels.tree_attention import slot_mask, tree_attention_ref
 
@@ -44,7 +45,7 @@ WINDOWED = (
 
 
 @dataclass(frozen=True)
-class Cell:
+class Cell(harness.Cell):
     """One tree in each row: `nodes` queries over `length` committed slots and over themselves."""
 
     model: Model
@@ -85,10 +86,27 @@ class Cell:
         """2 B Hq T (L + T) (hd + hd_v): all attended slots for every node, whatever the tree's mask leaves out."""
         return 2 * self.batch * self.model.heads * self.nodes * self.attended * 2 * self.model.head_dim
 
-    def floor(self, itemsize: int, bytes_per_second: float, flops_per_second: float) -> tuple[float, str]:
-        """Seconds that no implementation can beat on a device with these rates, and which of them sets it."""
-        memory, arithmetic = self.bytes(itemsize) / bytes_per_second, self.flops / flops_per_second
-        return max(memory, arithmetic), "memory" if memory > arithmetic else "arithmetic"
+    @property
+    def heading(self) -> str:
+        model = self.model
+        heads = f"{model.heads}/{model.kv_heads} heads of {model.head_dim}"
+        return f"{model.name} ({heads}), {self.nodes} nodes, batch {self.batch}, {self.length:,} slots"
+
+    def keys(self) -> harness.Result:
+        model = asdict(self.model)
+        return {"model": model.pop("name"), **model, "nodes": self.nodes, "batch": self.batch, "length": self.length}
+
+    def copies(self, device: torch.device, dtype: torch.dtype) -> int:
+        """How many copies of the cache leave it cold."""
+        return timer.copies_for_cold_cache(self.kv_values * dtype.itemsize, device)
+
+    def memory(self, device: torch.device, dtype: torch.dtype) -> int:
+        """The copies of the cache, and the masks."""
+        cache = self.kv_values * dtype.itemsize * self.capacity // self.attended
+        return self.copies(device, dtype) * cache + 8 * self.batch * self.nodes * self.capacity
+
+    def problem(self, device: torch.device, dtype: torch.dtype) -> Problem:
+        return make_problem(self, device, dtype, self.copies(device, dtype))
 
 
 # A dozen, the most important first: where time runs out, the last go without peers. The first ones carry the goals.
@@ -182,6 +200,13 @@ class Problem:
             return math.nan
         rows, heads, expected = self.expected
         return float((result[rows][:, :, heads].double() - expected).norm() / expected.norm())
+
+    def check(self, result: Tensor) -> float:
+        """The error of a result. Raises Unavailable where it is above the tolerance."""
+        error = self.error(result)
+        if not error <= TOLERANCE[self.copies[0][0].dtype]:  # NaN is not, either
+            raise harness.Unavailable(f"wrong result: relative error {error:.1e}")
+        return error
 
 
 def random_tree(batch: int, nodes: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:

@@ -6,7 +6,6 @@ that are assumed; it says where to look, not how long a cell takes.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -15,22 +14,10 @@ from typing import Any
 
 import torch
 
+from benchmarks import h200
 from benchmarks.attention_cells import Cell
+from benchmarks.h200 import BYTES_PER_SECOND, FLOPS_PER_SECOND, ITEMSIZE, LAUNCH, MULTIPROCESSORS, occupancy
 from specexit_kernels import bits
-
-# Assumed: what an H200 reached in earlier measurements of a copy and of a bf16 product. A run measures its own.
-BYTES_PER_SECOND = 4.3e12
-FLOPS_PER_SECOND = 790e12
-LAUNCH = 3e-6  # seconds, assumed: a kernel cannot be much shorter, nor the gap before the next one in a graph vanish
-ITEMSIZE = 2  # bf16
-
-# Compute capability 9.0, from the CUDA C++ programming guide, table "technical specifications per compute capability".
-MULTIPROCESSORS = 132  # of an H200
-REGISTERS = 65_536  # of a multiprocessor
-WARPS = 64
-PROGRAMS = 32
-SHARED = 228 * 1024  # bytes of a multiprocessor; each program takes 1 KB more than it asks for
-SHARED_OF_PROGRAM = 227 * 1024
 
 
 @dataclass(frozen=True)
@@ -71,22 +58,6 @@ class Analysis:
     reread: int
     partials: int
     limit: str
-
-
-def occupancy(registers: int, shared: int, warps: int) -> int:
-    """Programs that a multiprocessor of compute capability 9.0 holds at a time; 0 if it cannot hold one.
-
-    registers  of a thread
-    shared     bytes of a program, static and dynamic
-    warps      of a program
-    """
-    if registers > 255 or shared > SHARED_OF_PROGRAM or warps > 32:
-        return 0
-    # A warp's registers come in units of 256, from its quarter of the multiprocessor's.
-    of_warp = 256 * math.ceil(max(registers, 1) * 32 / 256)
-    by_registers = 4 * (REGISTERS // 4 // of_warp) // warps
-    by_shared = SHARED // (128 * math.ceil(shared / 128) + 1024)
-    return min(PROGRAMS, WARPS // warps, by_registers, by_shared)
 
 
 def analyse(cell: Cell, registers: int, shared: int) -> Analysis:
@@ -184,39 +155,22 @@ def _limit(a: Analysis) -> str:
     return "; ".join(words)
 
 
-_COMPILED: dict[object, tuple[int, int]] = {}
-
-
 def compiled(cell: Cell) -> tuple[int, int]:
     """Registers of a thread and bytes of shared memory of a program, as compiled for the H200."""
-    from benchmarks.aot import build
-
-    launch = _attend_launch(cell)
-    shape = tuple((name, value) for name, value in launch.arguments.items() if name.isupper())
-    key = (shape, launch.warps, launch.stages, cell.model.softcap is None, cell.model.sinks, cell.model.window is None)
-    if key not in _COMPILED:
-        made = build(launch, 90)
-        _COMPILED[key] = (made.registers, made.shared)
-    return _COMPILED[key]
+    return h200.compiled(_attend_launch(cell))
 
 
 def show(cells: Sequence[Cell], path: Path | None) -> None:
     """Print the model of the cells, and write it to a file where there is one."""
-    print("ANALYTIC MODEL of an H200: nothing here was measured.")
-    print(
-        f"assumed: {BYTES_PER_SECOND / 1e12} TB/s, {FLOPS_PER_SECOND / 1e12:.0f} TFLOP/s,"
-        f" {LAUNCH * 1e6:.0f} µs a launch, {MULTIPROCESSORS} multiprocessors"
-    )
-    report = []
-    for cell in cells:
-        registers, shared = compiled(cell)
-        analysis = analyse(cell, registers, shared)
-        report.append({"cell": asdict(cell), "registers": registers, "shared": shared, **asdict(analysis)})
-        print(f"\n{cell}\n{_lines(analysis)}")
-        print(f"  compiled  {registers} registers a thread, {shared:,} bytes of shared memory a program", flush=True)
-    if path:
-        assumed = {"bytes_per_second": BYTES_PER_SECOND, "flops_per_second": FLOPS_PER_SECOND, "launch_seconds": LAUNCH}
-        path.write_text(json.dumps({"measured": False, "assumed": assumed, "cells": report}, indent=2) + "\n")
+    h200.show(map(_described, cells), path)
+
+
+def _described(cell: Cell) -> tuple[dict[str, Any], str]:
+    registers, shared = compiled(cell)
+    analysis = analyse(cell, registers, shared)
+    found = {"cell": asdict(cell), "registers": registers, "shared": shared, **asdict(analysis)}
+    usage = f"  compiled  {registers} registers a thread, {shared:,} bytes of shared memory a program"
+    return found, f"{cell}\n{_lines(analysis)}\n{usage}"
 
 
 def _lines(a: Analysis) -> str:

@@ -11,7 +11,6 @@ import importlib.util
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -21,33 +20,8 @@ from torch.nn import functional as F  # noqa: N812
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.attention_cells import Problem
+from benchmarks.harness import Peer, Prepared, Unavailable
 from specexit_kernels import tree_attention
-
-
-class Unavailable(Exception):
-    """This implementation cannot do this cell, or not here; the message says why."""
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """calls   one for each copy of the inputs
-    finish  takes a call's result to [B, T, Hq, hd]; not timed
-    note    what else is to be said
-    """
-
-    calls: list[Callable[[], Tensor]]
-    finish: Callable[[Tensor], Tensor]
-    note: str = ""
-
-
-@dataclass(frozen=True)
-class Peer:
-    """An implementation by name; `prepare` raises where it cannot do the cell. Ours is not `optional`: it is measured
-    although time has run out."""
-
-    name: str
-    prepare: Callable[[Problem], Prepared]
-    optional: bool = True
 
 
 def ours(implementation: str | None = None) -> Callable[[Problem], Prepared]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.attention_cells import Problem
-from benchmarks.attention_peers import Peer, Prepared, Unavailable
+from benchmarks.harness import Peer, Prepared, Unavailable
 from specexit_kernels.triton.launch import Launch, device_of, run
 from specexit_kernels.triton.tree_attention import launches
 from specexit_kernels.triton.tree_attention_table import MAX_SPLITS, Config

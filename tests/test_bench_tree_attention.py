@@ -28,10 +28,20 @@ def bench() -> ModuleType:
     return module
 
 
+@pytest.fixture(scope="module")
+def harness(bench) -> ModuleType:
+    return sys.modules["benchmarks.harness"]
+
+
+@pytest.fixture(scope="module")
+def cells(bench) -> ModuleType:
+    return sys.modules["benchmarks.attention_cells"]
+
+
 @pytest.fixture
-def small(bench, monkeypatch):
+def small(bench, cells, monkeypatch):
     """One cell, small enough to be measured in no time."""
-    cell = bench.Cell(bench.SUBSET[0].model, 5, 2, 70)
+    cell = cells.Cell(bench.SUBSET[0].model, 5, 2, 70)
     monkeypatch.setattr(bench, "CPU", (cell,))
     return cell
 
@@ -83,19 +93,19 @@ def test_a_wrong_result_has_no_time(bench, small, monkeypatch, tmp_path, capsys,
     assert why in capsys.readouterr().out
 
 
-def test_what_fails_is_a_line_and_stops_nothing(bench, small):
+def test_what_fails_is_a_line_and_stops_nothing(bench, harness, small):
     def broken(problem):
         raise KeyError("no such kernel")
 
     peers = [bench.Peer("broken", broken), bench.Peer("twin", bench.ours("torch"))]
-    results = bench.run_cell(small, peers, torch.device("cpu"), torch.float32, math.inf)
+    results = harness.run_cell(small, peers, torch.device("cpu"), torch.float32, math.inf)
     assert results[0] == {"implementation": "broken", "unavailable": "KeyError: 'no such kernel'"}
     assert results[1]["microseconds"] > 0
 
 
-def test_past_the_time_budget_only_ours_is_measured(bench, small):
+def test_past_the_time_budget_only_ours_is_measured(bench, harness, small):
     peers = [bench.Peer("ours", bench.ours(), optional=False), bench.Peer("twin", bench.ours("torch"))]
-    ours, twin = bench.run_cell(small, peers, torch.device("cpu"), torch.float32, time.monotonic() - 1)
+    ours, twin = harness.run_cell(small, peers, torch.device("cpu"), torch.float32, time.monotonic() - 1)
     assert ours["microseconds"] > 0
     assert twin["unavailable"] == "the time budget was used up"
 
@@ -111,14 +121,14 @@ def test_bytes_and_flops_of_a_cell(bench):
     assert windowed.attended == 127 + 60  # the root, at position 8,192, sees the last 127 slots
 
 
-def test_peers_agree_with_the_twin(bench):
+def test_peers_agree_with_the_twin(cells):
     """The dense mask and the block mask say what the bits say, in a window too."""
-    cells, peers = sys.modules["benchmarks.attention_cells"], sys.modules["benchmarks.attention_peers"]
+    peers = sys.modules["benchmarks.attention_peers"]
     from torch.nn.attention.flex_attention import create_mask
 
     for window in (None, 100):
-        cell = bench.Cell(cells.Model("test", 4, 2, 16, window=window), 37, 2, 300)
-        problem = bench.make_problem(cell, torch.device("cpu"), torch.float32, 2)
+        cell = cells.Cell(cells.Model("test", 4, 2, 16, window=window), 37, 2, 300)
+        problem = cells.make_problem(cell, torch.device("cpu"), torch.float32, 2)
         for prepare in (peers.sdpa(None), peers.sdpa(None, packed=True)):
             prepared = prepare(problem)
             assert [problem.error(prepared.finish(call())) < 1e-5 for call in prepared.calls] == [True, True]
@@ -130,7 +140,7 @@ def test_peers_agree_with_the_twin(bench):
 
 
 def test_occupancy_on_sm_90(bench):
-    occupancy = bench.attention_model.occupancy
+    occupancy = sys.modules["benchmarks.h200"].occupancy
     assert occupancy(32, 0, 4) == 16  # 64 warps
     assert occupancy(32, 0, 1) == 32  # programs
     assert occupancy(168, 1024, 8) == 1  # registers: 12 warps
@@ -157,28 +167,28 @@ def test_the_model_is_marked_as_one(bench, monkeypatch, tmp_path, capsys):
     assert "nothing here was measured" in capsys.readouterr().out
 
 
-def test_timer_on_a_cpu(bench):
+def test_timer_on_a_cpu(harness):
+    timer = harness.timer
     calls = [lambda: time.sleep(0.002)] * 2
-    timing = bench.timer.measure(calls, "cpu", seconds=0.05)
+    timing = timer.measure(calls, "cpu", seconds=0.05)
     low, high = timing.spread
     assert 2000 <= low <= timing.microseconds <= high
     assert timing.method == "clock"
     assert timing.samples >= 3
-    once = bench.timer.measure(calls, "cpu", seconds=0.001)
+    once = timer.measure(calls, "cpu", seconds=0.001)
     assert (once.samples, once.calls) == (1, 2)
     with pytest.raises(ValueError, match="calls must have at least one call"):
-        bench.timer.measure([], "cpu")
+        timer.measure([], "cpu")
 
 
-def test_other_tiles_and_splits_compute_the_same(bench, monkeypatch):
+def test_other_tiles_and_splits_compute_the_same(bench, harness, cells):
     """What `--peers tune` measures, in Triton's interpreter."""
     tuning = importlib.import_module("benchmarks.attention_tuning")
-    cells = sys.modules["benchmarks.attention_cells"]
-    problem = cells.make_problem(bench.Cell(bench.SUBSET[0].model, 5, 1, 600), torch.device("cpu"), torch.float32, 1)
+    problem = cells.make_problem(cells.Cell(bench.SUBSET[0].model, 5, 1, 600), torch.device("cpu"), torch.float32, 1)
     for config, times in ((tuning.Config(16, 64, 4, 2, 1), 1), (None, 0.5)):
         prepared = tuning.tiled(config, times)(problem)
         assert problem.error(prepared.calls[0]()) < 1e-5
-    with pytest.raises(bench.Unavailable, match="20 rows fill less than half of a tile"):
+    with pytest.raises(harness.Unavailable, match="20 rows fill less than half of a tile"):
         tuning.tiled(tuning.Config(64, 64, 4, 2, 1))(problem)
     assert len({peer.name for peer in tuning.TUNING}) == len(tuning.TUNING)
 

@@ -61,6 +61,7 @@ def test_all_parts_together_have_a_limit(gpu):
 
 def test_the_limits_of_the_parts_fit_in_that_of_all(gpu):
     assert sum(part.limit for part in gpu.PARTS.values()) <= gpu.TIME_LIMIT
+    assert gpu.TIME_LIMIT + gpu.GRACE < 540
 
 
 def test_a_part_past_its_limit_keeps_the_result_that_it_left(gpu):
@@ -72,16 +73,18 @@ def test_a_part_past_its_limit_keeps_the_result_that_it_left(gpu):
     assert "result" not in report
 
 
-def test_tree_attention_without_a_time_of_ours_has_failed(gpu):
+@pytest.mark.parametrize("name", ["tree_attention", "draft_head"])
+def test_a_benchmark_without_a_time_of_ours_has_failed(gpu, name):
     gpu.LOGS.mkdir()
-    path = gpu.LOGS / "tree_attention.json"
+    path = gpu.LOGS / f"{name}.json"
+    read = gpu.PARTS[name].read
     timed, untimed = {"microseconds": 9.0}, {"unavailable": "wrong result"}
     report = {"cells": [{"results": [untimed, timed]}, {"results": [timed]}]}
     path.write_text(json.dumps(report))
-    assert gpu.read_tree_attention() == report
+    assert read() == report
     path.write_text(json.dumps({"cells": report["cells"][:1]}))
     with pytest.raises(ValueError, match="no cell has a time"):
-        gpu.read_tree_attention()
+        read()
 
 
 def test_a_part_without_its_result_has_failed(gpu):

@@ -1,0 +1,123 @@
+"""The command line that the benchmarks of operators share."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.harness import Cell, Peer, Prepared, measure
+from specexit_kernels import implementations
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """What a benchmark brings.
+
+    description  of the script; its first line names it
+    op           whose implementation gives ours its name
+    ours         prepares ours
+    peers        by the names that `--peers` takes
+    usual, full  the names that are measured without it, the latter with `--all`
+    apart        names whose peers go through all cells one after the other, because each compiles for seconds
+    cpu_peers    what is measured beside ours on a CPU
+    tuning       the module with other configurations of ours, TUNING; it needs Triton
+    subset, all, cpu  the cells without `--all`, with it, and on a CPU
+    goals        how many of the first cells get all their peers before the others do
+    budget       seconds after which peers are left out without `--all`
+    show         prints the analytic model of cells, and writes it to a file
+    """
+
+    description: str | None
+    op: str
+    ours: Callable[[Any], Prepared]
+    peers: dict[str, tuple[Peer, ...]]
+    usual: tuple[str, ...]
+    full: tuple[str, ...]
+    cpu_peers: tuple[Peer, ...]
+    tuning: str
+    subset: Sequence[Any]
+    all: Sequence[Any]
+    cpu: Sequence[Any]
+    goals: int
+    budget: int
+    show: Callable[[Sequence[Any], Path | None], None]
+    apart: Collection[str] = ()
+
+
+def main(benchmark: Benchmark) -> int:
+    """Run the script. Exit status: 0, or 1 where ours has a cell without a time."""
+    known = [*benchmark.peers, "tune"]
+    parser = _parser(benchmark, known)
+    arguments = parser.parse_args()
+    cells: Sequence[Cell] = (benchmark.all if arguments.all else benchmark.subset)[: arguments.cells]
+    if arguments.model:
+        benchmark.show(cells, arguments.json)
+        return 0
+
+    device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type == "cuda" and not torch.cuda.is_available():
+        parser.error("--device: torch sees no GPU")
+    usual = benchmark.full if arguments.all else benchmark.usual
+    chosen = usual if arguments.peers is None else arguments.peers.split(",")
+    if unknown := [name for name in chosen if name not in known]:
+        parser.error(f"--peers must be of {', '.join(known)}, was {', '.join(map(repr, unknown))}")
+    peers = dict(benchmark.peers)
+    if "tune" in chosen:
+        peers["tune"] = importlib.import_module(benchmark.tuning).TUNING
+    own = Peer(implementations()[benchmark.op][device.type], benchmark.ours, optional=False)
+    rounds: list[list[Peer]] = [[own]]  # ours first, while there is time
+    for name in chosen:
+        rounds += [[peer] for peer in peers[name]] if name in benchmark.apart else [list(peers[name])]
+    dtype = torch.bfloat16
+    if device.type != "cuda":
+        print("CPU: tiny cells in fp32, to try the script; these times say nothing of a GPU")
+        cells, dtype = benchmark.cpu, torch.float32
+        rounds = [[own, *benchmark.cpu_peers]]
+    elif arguments.all:  # each cell with its peers: hours apart, the clocks may differ
+        rounds = [[peer for peers in rounds for peer in peers]]
+    budget = arguments.budget or (float("inf") if arguments.all else benchmark.budget)
+    return measure(cells, rounds, device, dtype, budget, benchmark.goals, arguments.json)
+
+
+def _parser(benchmark: Benchmark, known: Sequence[str]) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=benchmark.description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: the GPU where there is one")
+    parser.add_argument("--all", action="store_true", help="every cell that fits in memory")
+    parser.add_argument("--cells", type=positive, help="only the first ones, the most important")
+    parser.add_argument(
+        "--peers",
+        help=f"comma-separated, of {', '.join(known)} (other tiles of ours);"
+        f" default: {','.join(benchmark.usual)}; {','.join(benchmark.full)} with --all",
+    )
+    parser.add_argument(
+        "--budget",
+        type=positive,
+        help=f"seconds after which peers are left out; default: {benchmark.budget}, none with --all",
+    )
+    parser.add_argument("--json", type=new_file, help="write the results to this file (benchmarks/README.md)")
+    parser.add_argument("--model", action="store_true", help="the analytic model of the cells; nothing is measured")
+    return parser
+
+
+def positive(text: str) -> int:
+    """An argument that is an int of at least 1."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, was {value}")
+    return value
+
+
+def new_file(text: str) -> Path:
+    """An argument that names a file in a folder that exists: hours are lost where it does not."""
+    path = Path(text)
+    if not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"must be in a folder that exists, was {text!r}")
+    return path
