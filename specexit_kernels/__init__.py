@@ -12,6 +12,7 @@ from specexit_kernels.grow_beam import grow_beam
 from specexit_kernels.grow_level import grow_level
 from specexit_kernels.project_features import project_features
 from specexit_kernels.sample_targets import sample_targets
+from specexit_kernels.signals import activate_signals
 from specexit_kernels.state import DecodeState, ExitReason, ExitRules, Finish, Smoothing, Tree
 from specexit_kernels.tree_attention import tree_attention
 from specexit_kernels.verify_tree import verify_tree
@@ -25,6 +26,7 @@ __all__ = [
     "Tree",
     "__version__",
     "accept",
+    "activate_signals",
     "build_tree",
     "compact_kv",
     "decide_exit",

@@ -17,6 +17,7 @@ from torch import Tensor
 from specexit_kernels import _checks
 from specexit_kernels._op import Op
 from specexit_kernels.markers import thinking_states
+from specexit_kernels.signals import activate_signals
 from specexit_kernels.smoothing import smooth, values_needed
 from specexit_kernels.state import DecodeState, ExitReason, ExitRules, Finish
 
@@ -93,12 +94,7 @@ def decide_exit_ref(
 
 def _activate(signals: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
     """Signal values x [R, B, S], and where there is none and x is 0: the row does not count or x is not finite."""
-    # 1 / (1 + exp(-z)), because torch.sigmoid gives an element other bits at another place in the tensor.
-    x = signals.clone()
-    shares = x[..., :2]  # confidence and progress; remaining is a length
-    shares.neg_()
-    x.exp_()
-    shares.add_(1).reciprocal_()
+    x = activate_signals(signals)
     missing = (x < torch.inf).logical_and_(counts.unsqueeze(2)).logical_not_()  # x >= 0; NaN compares false
     return x.masked_fill_(missing, 0), missing
 

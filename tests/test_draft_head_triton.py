@@ -87,10 +87,12 @@ def test_head_equals_the_twin(rng: Generator, rows: int, dtype: torch.dtype) -> 
             assert torch.equal(top(args, config)[0], draft_ids + args["token_map"][draft_ids.long()])
 
 
-@pytest.mark.parametrize(("vocab", "k"), [(1, 1), (3, 3), (4, 3), (31_999, 10), (32, 32), (15_000, 32)])
+@pytest.mark.parametrize(
+    ("vocab", "k"), [(1, 1), (3, 3), (4, 3), (11, 10), (31_999, 10), (32, 32), (15_000, 32), (151_936, 5)]
+)
 def test_vocabularies_and_their_tails(rng: Generator, vocab: int, k: int) -> None:
     """One tile and many, filled and not; k of all there are, and more than there are tiles."""
-    config = pick(rng, Config(16, 128, 32, 4, 1), Config(16, 512, 32, 4, 1))
+    config = pick(rng, Config(16, 512, 32, 4, 1), Config(16, 1024, 32, 4, 1))
     check_top(head_case(rng, 3, 24, vocab, k, dtype=pick(rng, *DTYPES)), config)
 
 
