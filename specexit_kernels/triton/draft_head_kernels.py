@@ -15,7 +15,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from specexit_kernels.triton.keys import NO_KEY, TOP_KEY, index_of, key_of, score_of
+from specexit_kernels.triton.order import HIGHEST, LOWEST, order_of, ranks_after, score_of
 
 EXIT_BLOCK = tl.constexpr(16)  # columns of the signals' tile, the least that a matrix product takes
 
@@ -39,11 +39,12 @@ def _load(pointers, row_inside, first, BLOCK: tl.constexpr, SIZE: tl.constexpr):
 @triton.jit
 def _inverse_rms(rows, live, eps, HIDDEN: tl.constexpr, BLOCK: tl.constexpr):
     """1 / sqrt(mean of squares + eps) of each row; `rows` points to [ROWS, BLOCK]."""
-    total = tl.sum(tl.zeros(rows.shape, tl.float32), 1)
+    total = tl.zeros([rows.shape[0], BLOCK // 8], tl.float32)
     for first in range(0, HIDDEN, BLOCK):
         x = _load(rows, live, first, BLOCK, HIDDEN).to(tl.float32)
-        total += tl.sum(x * x, 1)
-    return 1.0 / tl.sqrt_rn(total / HIDDEN + eps)
+        # Sums of eight, which one thread has loaded: the threads add up theirs once, after the last block.
+        total += tl.sum(tl.reshape(x * x, [rows.shape[0], BLOCK // 8, 8]), 2)
+    return 1.0 / tl.sqrt_rn(tl.sum(total, 1) / HIDDEN + eps)
 
 
 @triton.jit
@@ -182,8 +183,8 @@ def select_kernel(
     TILES: tl.constexpr,  # a power of two, at least vocab_tiles
 ):
     """The k best logits of one row, one after the other. The best that is left lies in the tile with the largest
-    maximum that is left, the first of equals; so a step reads one tile, and takes from it the best after the last
-    one taken, and the next maximum."""
+    maximum that is left, the first of equals; so a step reads one tile, and takes from it the first entry with that
+    maximum that was not taken yet, and the next maximum."""
     row = tl.program_id(0).to(tl.int64)
     tile = tl.arange(0, TILES)
     peak = tl.load(peaks + row * vocab_tiles + tile, mask=tile < vocab_tiles, other=float("-inf"))
@@ -193,23 +194,24 @@ def select_kernel(
     shift = tl.where(has_softmax, highest, 0.0)
     log_total = tl.log(tl.sum(total * tl.exp(peak - shift), 0))
 
-    heads = tl.where(tile < vocab_tiles, key_of(peak, tile), NO_KEY)  # the best of each tile that is left
-    entry = tl.arange(0, BLOCK_V)
-    last = tl.full((), TOP_KEY, tl.int64)
+    heads = tl.where(tile < vocab_tiles, order_of(peak), LOWEST)  # of what is left of each tile
+    last = tl.full((), HIGHEST, tl.int32)
+    token = tl.full((), -1, tl.int32)
     for rank in range(k):
-        chosen = index_of(tl.max(heads, 0))
-        start = chosen * BLOCK_V
-        score = tl.load(logits + row * (vocab_tiles * BLOCK_V) + start + entry)
-        keys = key_of(score, start + entry)
-        last = tl.max(tl.where(keys < last, keys, NO_KEY), 0)
-        token = index_of(last)
-        logprob = tl.where(has_softmax, score_of(last) - shift - log_total, float("-inf"))
+        best = tl.max(heads, 0)
+        chosen = tl.min(tl.where(heads == best, tile, HIGHEST), 0)
+        entry = chosen * BLOCK_V + tl.arange(0, BLOCK_V)
+        order = order_of(tl.load(logits + row * (vocab_tiles * BLOCK_V) + entry))
+        left = (order == best) & ranks_after(order, entry, last, token)
+        token = tl.min(tl.where(left, entry, HIGHEST), 0)
+        last = best
+        logprob = tl.where(has_softmax, score_of(best) - shift - log_total, float("-inf"))
+        target = token
         if token_map is not None:
-            token += tl.load(token_map + token)
-        tl.store(tokens + row * k + rank, token)
+            target += tl.load(token_map + token)
+        tl.store(tokens + row * k + rank, target)
         tl.store(logprobs + row * k + rank, logprob)
-        left = tl.max(tl.where(keys < last, keys, NO_KEY), 0)
-        head = tl.where(left == NO_KEY, NO_KEY, key_of(score_of(left), chosen))
+        head = tl.max(tl.where(ranks_after(order, entry, last, token), order, LOWEST), 0)
         heads = tl.where(tile == chosen, head, heads)
 
 

@@ -17,11 +17,11 @@ from specexit_kernels.triton.draft_head_table import (
 )
 from specexit_kernels.triton.launch import Device, Launch, device_of, run
 
-# Provisional: what a program reads of its rows at a time to norm them, and the tiles whose maxima one warp
-# holds when it searches a row.
-NORM_ENTRIES = 8192
+# Provisional. Entries that a program loads at a time to norm its rows: as many as its registers hold, because nothing
+# else is on its way to it then.
+FUSED_NORM_ENTRIES, NORM_ENTRIES = 32_768, 8192
 NORM_ROWS, NORM_WARPS = 4, 4
-SELECT_TILES = 1024  # of one warp, whose maxima need no barrier; more tiles take more warps
+SELECT_TILES = 2048  # that one warp searches, whose maxima need no barrier; more tiles take more warps
 
 
 def launches(
@@ -83,7 +83,7 @@ def launches(
             "ROWS": config.rows,
             "BLOCK_V": config.block_v,
             "BLOCK_H": config.block_h,
-            "BLOCK_NORM": min(max(NORM_ENTRIES // config.rows, 16), triton.next_power_of_2(size)),
+            "BLOCK_NORM": norm_block(FUSED_NORM_ENTRIES // config.rows, size),
         }
         select = {
             "logits": workspace[0],
@@ -115,9 +115,14 @@ def norm(hidden: Tensor, weight: Tensor, eps: float, out: Tensor) -> Launch:
         "stride_hidden_row": hidden.stride(0),
         "HIDDEN": hidden.shape[1],
         "ROWS": NORM_ROWS,
-        "BLOCK_H": min(NORM_ENTRIES // NORM_ROWS, triton.next_power_of_2(hidden.shape[1])),
+        "BLOCK_H": norm_block(NORM_ENTRIES // NORM_ROWS, hidden.shape[1]),
     }
     return Launch(norm_kernel, triton.cdiv(hidden.shape[0], NORM_ROWS), arguments, NORM_WARPS, stages=1)
+
+
+def norm_block(entries: int, size: int) -> int:
+    """How much of a row of `size` entries is normed at a time: a power of two, which eights divide."""
+    return max(8, min(entries, triton.next_power_of_2(size)))
 
 
 def draft_topk_triton(

@@ -10,8 +10,9 @@ from specexit_kernels.grow_level import outputs as level_outputs
 from specexit_kernels.triton.grow_beam_kernels import grow_kernel
 from specexit_kernels.triton.launch import Launch, run
 
-WARPS = 4  # provisional, as are the entries of a hidden row that a program copies at a time
-COPIED = 2048
+# Provisional: candidates that one warp ranks, whose maxima need no barrier (more take more warps), and entries of a
+# hidden row that it copies at a time.
+RANKED, COPIED = 1024, 2048
 
 Level = tuple[Tensor, Tensor, Tensor]
 
@@ -62,7 +63,8 @@ def launches(
         "BLOCK_H": min(COPIED, triton.next_power_of_2(size)),
         "BLOCK_W": triton.next_power_of_2(words),
     }
-    return [Launch(grow_kernel, batch * beams, arguments, WARPS, stages=1)]
+    warps = max(1, arguments["CANDIDATES"] // RANKED)
+    return [Launch(grow_kernel, batch * beams, arguments, warps, stages=1)]
 
 
 def grow_beam_triton(

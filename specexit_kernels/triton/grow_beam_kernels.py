@@ -7,7 +7,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from specexit_kernels.triton.keys import NO_KEY, TOP_KEY, index_of, key_of, score_of
+from specexit_kernels.triton.order import HIGHEST, LOWEST, order_of, ranks_after, score_of
 
 
 @triton.jit(do_not_specialize=["parents", "width", "beams"])
@@ -64,11 +64,13 @@ def grow_kernel(
     if beam == 0:
         tl.store(candidates + batch * (parents * width) + candidate, total, mask=there)
 
-    keys = tl.where(there, key_of(total, candidate), NO_KEY)
-    best = tl.full((), TOP_KEY, tl.int64)
+    order = tl.where(there, order_of(total), LOWEST)
+    best = tl.full((), HIGHEST, tl.int32)
+    chosen = tl.full((), -1, tl.int32)
     for _ in range(beam + 1):
-        best = tl.max(tl.where(keys < best, keys, NO_KEY), 0)
-    chosen = index_of(best)
+        left = ranks_after(order, candidate, best, chosen)
+        best = tl.max(tl.where(left, order, LOWEST), 0)
+        chosen = tl.min(tl.where(left & (order == best), candidate, HIGHEST), 0)
     parent = chosen // width
     place = batch * stride_tokens_batch + parent * stride_tokens_parent + chosen % width * stride_tokens_width
     row = batch * beams + beam
