@@ -18,7 +18,7 @@ from specexit_kernels import _checks, triton
 from specexit_kernels._op import Op
 from specexit_kernels.grow_beam import rank
 
-MAX_ROWS, MAX_K = 512, 32  # of the Triton kernels; the twin has no limit
+MAX_K = 32  # of the Triton kernels; the twin has no limit
 
 
 def draft_topk_ref(
@@ -90,8 +90,6 @@ def _triton(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
 def _triton_limit(
     hidden: Tensor, norm_weight: Tensor, eps: float, lm_head: Tensor, k: int, *arguments: Any
 ) -> str | None:
-    if hidden.shape[0] > MAX_ROWS:
-        return f"hidden must have at most {MAX_ROWS} rows, had {hidden.shape[0]}"
     if k > MAX_K:
         return f"k must be at most {MAX_K}, was {k}"
     return triton.tensor_limit("hidden", hidden)
@@ -130,8 +128,8 @@ def draft_topk(
     and a row without a softmax (all logits -inf or NaN, or one inf) has log-probability -inf throughout: where a row's
     first one is -inf, its hidden state or the weights are broken. Equal arguments give equal bits.
 
-    On a GPU the logits lie in a workspace of torch's allocator, fp32, in slabs of rows of at most 256 MiB; float64,
-    more than 512 rows and k above 32 go to the twin.
+    On a GPU the logits lie in a workspace of torch's allocator, fp32, in slabs of rows of at most 256 MiB; float64 and
+    k above 32 go to the twin.
     Raises TypeError for a wrong type or dtype, ValueError for a wrong shape, stride, device or value.
     """
     arguments = (hidden, norm_weight, eps, lm_head, k, exit_weight, exit_bias, token_map)

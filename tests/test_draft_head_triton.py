@@ -224,11 +224,8 @@ def test_by_name_they_say_what_they_cannot_take(rng: Generator) -> None:
     positional = [args.pop(name) for name in ("hidden", "norm_weight", "eps", "lm_head", "k")]
     with pytest.raises(ValueError, match="draft_topk: k must be at most 32, was 33"):
         draft_topk(*positional, **args, implementation="triton")
-    many = torch.zeros(513, 8)
-    with pytest.raises(ValueError, match="draft_topk: hidden must have at most 512 rows, had 513"):
-        draft_topk(many, *positional[1:4], 1, implementation="triton")
     with pytest.raises(ValueError, match="project_features: features must have at most 128 rows, had 129"):
-        project_features([many[:129]] * 3, torch.zeros(8, 24), implementation="triton")
+        project_features([torch.zeros(129, 8)] * 3, torch.zeros(8, 24), implementation="triton")
     double = [x.double() if isinstance(x, Tensor) else x for x in positional[:4]]
     with pytest.raises(ValueError, match="hidden must be float32, bfloat16 or float16, was float64"):
         draft_topk(*double, 2, implementation="triton")
