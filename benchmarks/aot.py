@@ -1,6 +1,6 @@
 """What the compiler makes of the Triton kernels, without a GPU: registers, spills, shared memory, tensor-core code.
 
-    python benchmarks/aot.py            # a named subset, half a minute
+    python benchmarks/aot.py            # a named subset, a minute
     python benchmarks/aot.py --full     # every line of the tables, in every variant
 
 Each launch that an op would make on an architecture is compiled for it ahead of time, and its machine code is read.

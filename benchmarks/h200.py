@@ -16,6 +16,7 @@ import torch
 # Assumed: what an H200 reached in earlier measurements of a copy and of a bf16 product. A run measures its own.
 BYTES_PER_SECOND = 4.3e12
 FLOPS_PER_SECOND = 790e12
+L2_BYTES_PER_SECOND = 5.5e12  # assumed, of all multiprocessors together
 LAUNCH = 3e-6  # seconds, assumed: a kernel cannot be much shorter, nor the gap before the next one in a graph vanish
 ITEMSIZE = 2  # bf16
 
@@ -73,8 +74,8 @@ def show(described: Iterable[tuple[dict[str, Any], str]], path: Path | None, **b
     `besides`: what else is assumed."""
     print("ANALYTIC MODEL of an H200: nothing here was measured.")
     print(
-        f"assumed: {BYTES_PER_SECOND / 1e12} TB/s, {FLOPS_PER_SECOND / 1e12:.0f} TFLOP/s,"
-        f" {LAUNCH * 1e6:.0f} µs a launch, {MULTIPROCESSORS} multiprocessors"
+        f"assumed: {BYTES_PER_SECOND / 1e12} TB/s, {L2_BYTES_PER_SECOND / 1e12} out of L2,"
+        f" {FLOPS_PER_SECOND / 1e12:.0f} TFLOP/s, {LAUNCH * 1e6:.0f} µs a launch, {MULTIPROCESSORS} multiprocessors"
         + "".join(f", {name} {value:g}" for name, value in besides.items())
     )
     report = []
@@ -82,6 +83,7 @@ def show(described: Iterable[tuple[dict[str, Any], str]], path: Path | None, **b
         report.append(found)
         print(f"\n{lines}", flush=True)
     if path:
-        assumed = {"bytes_per_second": BYTES_PER_SECOND, "flops_per_second": FLOPS_PER_SECOND, "launch_seconds": LAUNCH}
+        rates = {"bytes_per_second": BYTES_PER_SECOND, "l2_bytes_per_second": L2_BYTES_PER_SECOND}
+        assumed = {**rates, "flops_per_second": FLOPS_PER_SECOND, "launch_seconds": LAUNCH}
         document = {"measured": False, "assumed": {**assumed, **besides}, "cells": report}
         path.write_text(json.dumps(document, indent=2) + "\n")

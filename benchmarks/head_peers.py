@@ -55,17 +55,25 @@ def ours(implementation: str | None = None) -> Callable[[Topk | Projection], Pre
 
         call = {"draft_topk": top, "level": level, "project_features": project}[problem.cell.op]
         finish = _as_is if isinstance(problem, Projection) else partial(_named, rounded=False)
-        other = {"level": "grow_level", "project_features": "project_features"}.get(problem.cell.op)
-        note = "" if implementation or other is None else _unlike_ours(other, problem.copies[0].device.type)
+        note = "" if implementation else _unlike_ours(problem, problem.copies[0].device.type)
         return Prepared([partial(call, weight) for weight in problem.copies], finish, note)
 
     return prepare
 
 
-def _unlike_ours(op: str, device: str) -> str:
-    """What implements another op, where that is not what implements `draft_topk`, whose name ours has."""
-    name = OPS[op].implementation(device).name
-    return "" if name == OPS["draft_topk"].implementation(device).name else f"{op}: {name}"
+def _unlike_ours(problem: Topk | Projection, device: str) -> str:
+    """What else implements a part of the cell, where it is not what ours is named by: `draft_topk`'s for any
+    arguments. Too many rows of features, or too large a k, go to the twin."""
+    arguments: tuple[Any, ...]
+    if isinstance(problem, Projection):
+        op, arguments = "project_features", (problem.features, problem.copies[0])
+    else:
+        op, arguments = "draft_topk", (problem.hidden, problem.norm_weight, EPS, problem.copies[0], problem.cell.k)
+    usual, name = OPS["draft_topk"].implementation(device).name, OPS[op].implementation(device, arguments).name
+    notes = [] if name == usual else [f"{op}: {name}"]
+    if problem.cell.op == "level" and (grown := OPS["grow_level"].implementation(device).name) != usual:
+        notes.append(f"grow_level: {grown}")
+    return "; ".join(notes)
 
 
 def pipeline(compiled: Compile | None = None, graph: bool = True) -> Callable[[Topk | Projection], Prepared]:

@@ -16,7 +16,8 @@ from torch import Tensor
 from benchmarks.harness import Unavailable
 
 SLAB = 2**28  # bytes of a weight's rows in float64 that are made at a time
-# (relative, absolute), by the inputs' dtype: log-probabilities and signals, which are fp32 sums.
+# (relative, absolute), by the inputs' dtype: log-probabilities and signals, which are fp32 sums. As in the tests, but
+# for fp32, whose sums are longer here.
 TOLERANCE = {torch.bfloat16: (1.6e-2, 1e-2), torch.float16: (2e-3, 2e-3), torch.float32: (1e-4, 1e-5)}
 FROBENIUS = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 1e-4}  # of hidden rows, rounded to that dtype
 # A logit rounded to the dtype is off by this share of itself at most, and so is the logarithm of the sum.

@@ -16,6 +16,7 @@ from benchmarks.h200 import ITEMSIZE, SHARED_OF_PROGRAM
 from benchmarks.harness import Peer, Prepared, Unavailable
 from benchmarks.head_cells import EPS, Projection, Topk
 from benchmarks.head_reference import Top
+from specexit_kernels.project_features import MAX_ROWS
 from specexit_kernels.triton import draft_topk, project_features
 from specexit_kernels.triton.draft_head_table import Config
 from specexit_kernels.triton.launch import device_of, run
@@ -28,6 +29,8 @@ def tiled(config: Config | None, times: float = 1) -> Callable[[Topk | Projectio
         cell, device = problem.cell, device_of(problem.copies[0].device)
         if cell.op == "level":
             raise Unavailable("the product is draft_topk's")
+        if isinstance(problem, Projection) and cell.rows > MAX_ROWS:
+            raise Unavailable(f"above {MAX_ROWS} rows cuBLAS computes it")
         if config is not None and config.rows > 16 and cell.rows <= config.rows // 2:
             raise Unavailable(f"{cell.rows} rows fill less than half of a tile")
         note = ""
@@ -86,9 +89,9 @@ def _peers() -> tuple[Peer, ...]:
     tiles = [
         Config(rows, block_v, block_h, warps, stages)
         for rows, block_v, block_h, stages in product(
-            (16, 32, 64, 128), (32, 64, 128, 256), (64, 128, 256), (3, 4, 6, 8, 2)
+            (16, 32, 64, 128), (128, 256, 64, 32, 16), (64, 128, 256), (3, 4, 6, 8, 2)
         )
-        for warps in ((4, 8) if rows * block_v >= 64 * 128 else (4,))
+        for warps in ((4, 8) if rows * block_v >= 16 * 128 else (4,))
     ]
     fitting = [c for c in tiles if c.stages * (c.rows + c.block_v) * c.block_h * ITEMSIZE <= SHARED_OF_PROGRAM]
     factors = [Peer(f"{times} x splits", tiled(None, times)) for times in (0.5, 2, 4)]

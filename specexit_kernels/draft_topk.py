@@ -124,9 +124,10 @@ def draft_topk(
     logprobs     [N, k] fp32 (fp64 for fp64): log-probabilities over the draft's vocabulary
     signals      [N, S] like logprobs: raw, before sigmoid and exp
 
-    The norm is computed in fp32 and rounded to x, as in Llama; the logits are fp32. A logit that is NaN counts as -inf,
-    and a row without a softmax (all logits -inf or NaN, or one inf) has log-probability -inf throughout: where a row's
-    first one is -inf, its hidden state or the weights are broken. Equal arguments give equal bits.
+    The norm is computed in fp32 and rounded to x, as in Llama; the logits are fp32. A logit that is NaN counts as -inf.
+    A row without a softmax (all logits -inf or NaN, or one inf) has log-probability -inf throughout: where the first of
+    a row is -inf, its hidden state or the weights are broken. (A NaN among finite logits shows in no result: that token
+    is not proposed.) Equal arguments give equal bits.
 
     On a GPU the logits lie in a workspace of torch's allocator, fp32, in slabs of rows of at most 256 MiB; float64 and
     k above 32 go to the twin.

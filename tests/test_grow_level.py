@@ -7,35 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Generator, Tensor
+from draft_cases import Arguments, grow_case
+from torch import Generator
 
 from specexit_kernels import grow_beam, grow_level
-
-Arguments = dict[str, Any]
-
-
-def case(
-    rng: Generator,
-    batch: int = 3,
-    parents: int = 4,
-    width: int = 5,
-    beams: int = 6,
-    hidden: int = 7,
-    words: int = 2,
-    dtype: torch.dtype = torch.float32,
-) -> Arguments:
-    def bits(count: int) -> Tensor:
-        return torch.randint(-(2**63), 2**63 - 1, (batch, count, words), generator=rng)
-
-    return {
-        "tokens": torch.randint(0, 150_000, (batch, parents, width), generator=rng, dtype=torch.int32),
-        "logprobs": -torch.rand(batch, parents, width, generator=rng) * 5,
-        "scores": -torch.rand(batch, parents, generator=rng) * 5,
-        "hidden": torch.randn(batch, parents, hidden, generator=rng).to(dtype),
-        "visible": bits(parents),
-        "own": bits(beams),
-        "beams": beams,
-    }
 
 
 def check(args: Arguments) -> None:
@@ -60,11 +35,11 @@ def check(args: Arguments) -> None:
 def test_gathers_what_the_beams_grew_from(
     rng: Generator, parents: int, width: int, beams: int, words: int, dtype: torch.dtype
 ) -> None:
-    check(case(rng, parents=parents, width=width, beams=beams, words=words, dtype=dtype))
+    check(grow_case(rng, parents=parents, width=width, beams=beams, words=words, dtype=dtype))
 
 
 def test_strided_and_expanded_inputs(rng: Generator) -> None:
-    args = case(rng, beams=4)
+    args = grow_case(rng, beams=4)
     for name in ("tokens", "logprobs"):
         args[name] = args[name].mT.contiguous().mT
     args["hidden"] = args["hidden"][:, :1].expand(-1, 4, -1)  # as of the first level, whose beams share the root's row
@@ -74,14 +49,14 @@ def test_strided_and_expanded_inputs(rng: Generator) -> None:
 
 
 def test_no_rows(rng: Generator) -> None:
-    shapes = [list(x.shape) for x in grow_level(**case(rng, batch=0))]
+    shapes = [list(x.shape) for x in grow_level(**grow_case(rng, batch=0))]
     assert shapes == [[0, 20], [0, 6], [0, 6], [0, 6], [0, 6, 7], [0, 6, 2]]
 
 
 def test_opcheck(rng: Generator) -> None:
     op = torch.ops.specexit.grow_level.default
-    torch.library.opcheck(op, tuple(case(rng, dtype=torch.bfloat16).values()))
-    torch.library.opcheck(op, tuple(case(rng, batch=1, beams=20, words=1).values()))
+    torch.library.opcheck(op, tuple(grow_case(rng, dtype=torch.bfloat16).values()))
+    torch.library.opcheck(op, tuple(grow_case(rng, batch=1, beams=20, words=1).values()))
 
 
 @pytest.mark.parametrize(
@@ -105,6 +80,6 @@ def test_opcheck(rng: Generator) -> None:
     ],
 )
 def test_bad_arguments_are_named(rng: Generator, name: str, change: Callable[[Any], Any], error: type) -> None:
-    args = case(rng)
+    args = grow_case(rng)
     with pytest.raises(error, match=f"^{name} must"):
         grow_level(**(args | {name: change(args[name])}))

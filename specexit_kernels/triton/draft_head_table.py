@@ -1,7 +1,8 @@
 """How `draft_topk` and `project_features` are launched: tiles by architecture and rows, splits, slabs.
 
 Every line is provisional: none has been timed on a GPU yet (`benchmarks/bench_draft_head.py` will choose). They compile
-without spilling and leave room for two programs on a multiprocessor, so that one loads while the other ends.
+without spilling, and leave room for two programs on a multiprocessor where rows are few, so that one loads while the
+other ends.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ from specexit_kernels.triton.launch import Device
 # are normed once, in a launch of their own. Provisional.
 FUSED_NORM_ROWS = 16
 
-# Bytes of fp32 logits that one slab of rows may leave in memory. Most of them never leave L2. Where they do they cost
-# less than a second pass over the weights: 4 bytes a logit, of 2 H / rows for its weights.
+# Bytes of fp32 logits that one slab of rows may leave in memory. It bounds memory, not what stays in L2: a further slab
+# of R rows reads 2 H / R bytes of weights a logit again, where writing one costs 4.
 WORKSPACE = 256 * 2**20
 
 
@@ -91,8 +92,8 @@ def choose_config(line: tuple[Config, ...], rows: int) -> Config:
 
 def choose_splits(device: Device, programs: int, blocks: int) -> int:
     """How many splits, of so many blocks of columns, occupy the device: as few as give nine of ten multiprocessors a
-    program, and each split at least 8 blocks. Half of the multiprocessors can ask for all that memory gives, so a
-    launch that occupies them needs none."""
+    program, and each split at least 8 blocks. Half of the multiprocessors can, it is assumed, ask for all that memory
+    gives: a launch that occupies them has one."""
     if programs * 2 >= device.multiprocessors:
         return 1
     wanted = math.ceil(0.9 * device.multiprocessors / programs)

@@ -7,7 +7,6 @@ import triton
 from torch import Tensor
 
 from specexit_kernels.draft_topk import outputs
-from specexit_kernels.triton.draft_head_kernels import head_kernel, norm_kernel, select_kernel
 from specexit_kernels.triton.draft_head_table import (
     FUSED_NORM_ROWS,
     Config,
@@ -15,6 +14,7 @@ from specexit_kernels.triton.draft_head_table import (
     head_configs,
     slab_rows,
 )
+from specexit_kernels.triton.draft_topk_kernels import head_kernel, norm_kernel, select_kernel
 from specexit_kernels.triton.launch import Device, Launch, device_of, run
 
 # Provisional. Entries that a program loads at a time to norm its rows: as many as its registers hold, because nothing

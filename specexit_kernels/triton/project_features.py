@@ -9,9 +9,9 @@ import triton
 from torch import Tensor
 
 from specexit_kernels.project_features import outputs
-from specexit_kernels.triton.draft_head_kernels import features_kernel, sum_kernel
 from specexit_kernels.triton.draft_head_table import Config, choose_config, choose_splits, features_configs
 from specexit_kernels.triton.launch import Device, Launch, device_of, run
+from specexit_kernels.triton.project_features_kernels import features_kernel, sum_kernel
 
 SUM_BLOCK, SUM_WARPS = 512, 4  # results of one row that a program adds up; provisional
 

@@ -46,7 +46,7 @@ def top(args: Arguments) -> tuple[Tensor, Tensor, Tensor]:
 def test_head(rng: Generator, rows: int, dtype: torch.dtype) -> None:
     for _ in range(2):
         vocab = pick(rng, draw(rng, 1, 40), draw(rng, 100, 3000), 31_999)
-        size = pick(rng, 64, 2048, 2880, draw(rng, 1, 300))
+        size = pick(rng, 64, 2048, 2880, draw(rng, 1, 300)) if vocab < 3000 else draw(rng, 1, 300)
         k, signals = draw(rng, 1, min(vocab, 32)), draw(rng, 0, 3)
         args = head_case(rng, rows, size, vocab, k, signals=signals, dtype=dtype) | {"token_map": None}
         check_head(args, top(args))
@@ -55,22 +55,10 @@ def test_head(rng: Generator, rows: int, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize(("size", "vocab"), [(4096, 32_000), (2560, 151_936), (5120, 32_000)])
 @pytest.mark.parametrize("rows", [10, 80])
 def test_sizes_of_real_heads(rng: Generator, rows: int, size: int, vocab: int) -> None:
-    """Against a projection in float64: the set is exact within rounding, and in its order."""
-    args = head_case(rng, rows, size, 64, 10, signals=3, dtype=torch.bfloat16)
+    args = on_gpu(head_case(rng, rows, size, 64, 10, signals=3, dtype=torch.bfloat16)) | {"token_map": None}
     here = torch.Generator(DEVICE).manual_seed(draw(rng, 0, 2**30))
-    there = on_gpu(args) | {"token_map": None}
-    weights = torch.randn(vocab, size, device=DEVICE, dtype=torch.bfloat16, generator=here) / size**0.5
-    positional = [(there | {"lm_head": weights})[name] for name in HEAD_NAMES]
-    tokens, logprobs, _ = OP(*positional, implementation="triton")
-    x = there["hidden"].double()
-    x = (x / (x.pow(2).mean(1, keepdim=True) + args["eps"]).sqrt()).bfloat16().double()
-    row = (there["norm_weight"].double() * x).bfloat16().double()
-    expected = (row @ weights.double().T).log_softmax(1)
-    values = expected.gather(1, tokens.long())
-    assert (logprobs - values).abs().max() < 0.02
-    kth = expected.topk(10).values[:, 9]
-    assert (values.amin(1) >= kth - 0.02).all()
-    assert all(len(set(row)) == 10 for row in tokens.tolist())
+    args["lm_head"] = torch.randn(vocab, size, device=DEVICE, dtype=torch.bfloat16, generator=here) / size**0.5
+    check_head(args, OP(*(args[name] for name in HEAD_NAMES), implementation="triton"))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

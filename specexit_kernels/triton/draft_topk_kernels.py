@@ -1,10 +1,10 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
-"""The draft's head in Triton: products of few rows with a large weight, which is read once, and the top k of each row.
+"""`draft_topk` in Triton: products of few rows with a large weight, which is read once, and the top k of each row.
 
 `head_kernel` multiplies normed rows with a tile of the vocabulary and leaves fp32 logits in a workspace, with the
 largest and the sum of exponentials of each tile; the weights of the exit signals are one tile more. `select_kernel`
 then joins the sums, and takes the k best logits of a row from the tiles with the largest maxima: it reads k tiles at
-most. `features_kernel` is the same product for `project_features`, whose rows lie in three tensors.
+most.
 
 Rows are few, so a program takes all of them, or a tile of `ROWS`, and streams its share of the weight through shared
 memory. What lies beyond the last row or the last entry of H reads as zero.
@@ -21,7 +21,7 @@ EXIT_BLOCK = tl.constexpr(16)  # columns of the signals' tile, the least that a 
 
 
 @triton.jit
-def _load(pointers, row_inside, first, BLOCK: tl.constexpr, SIZE: tl.constexpr):
+def load(pointers, row_inside, first, BLOCK: tl.constexpr, SIZE: tl.constexpr):
     """Columns first .. first + BLOCK of rows of SIZE entries, zeros past the end; row_inside None: every row is."""
     if SIZE % BLOCK == 0:
         if row_inside is None:
@@ -41,7 +41,7 @@ def _inverse_rms(rows, live, eps, HIDDEN: tl.constexpr, BLOCK: tl.constexpr):
     """1 / sqrt(mean of squares + eps) of each row; `rows` points to [ROWS, BLOCK]."""
     total = tl.zeros([rows.shape[0], BLOCK // 8], tl.float32)
     for first in range(0, HIDDEN, BLOCK):
-        x = _load(rows, live, first, BLOCK, HIDDEN).to(tl.float32)
+        x = load(rows, live, first, BLOCK, HIDDEN).to(tl.float32)
         # Sums of eight, which one thread has loaded: the threads add up theirs once, after the last block.
         total += tl.sum(tl.reshape(x * x, [rows.shape[0], BLOCK // 8, 8]), 2)
     return 1.0 / tl.sqrt_rn(tl.sum(total, 1) / HIDDEN + eps)
@@ -78,7 +78,7 @@ def norm_kernel(
     rows = hidden + row[:, None] * stride_hidden_row + column[None, :]
     scale = _inverse_rms(rows, live, eps, HIDDEN, BLOCK_H)
     for first in range(0, HIDDEN, BLOCK_H):
-        x = _load(rows, live, first, BLOCK_H, HIDDEN)
+        x = load(rows, live, first, BLOCK_H, HIDDEN)
         normed = _normed(x, scale, norm_weight, first + column, HIDDEN, BLOCK_H)
         inside = live[:, None] & (first + column < HIDDEN)[None, :]
         tl.store(out + row[:, None] * HIDDEN + first + column[None, :], normed, mask=inside)
@@ -101,8 +101,8 @@ def _products(
     products = tl.zeros([ROWS, COLUMNS], tl.float32)
     column = tl.arange(0, BLOCK_H)
     for first in range(0, HIDDEN, BLOCK_H):
-        x = _load(rows, live, first, BLOCK_H, HIDDEN)
-        weight = _load(weights, weight_inside, first, BLOCK_H, HIDDEN)
+        x = load(rows, live, first, BLOCK_H, HIDDEN)
+        weight = load(weights, weight_inside, first, BLOCK_H, HIDDEN)
         if norm_weight is not None:
             x = _normed(x, scale, norm_weight, first + column, HIDDEN, BLOCK_H)
         products = tl.dot(x, tl.trans(weight), products, input_precision="ieee")
@@ -213,87 +213,3 @@ def select_kernel(
         tl.store(logprobs + row * k + rank, logprob)
         head = tl.max(tl.where(ranks_after(order, entry, last, token), order, LOWEST), 0)
         heads = tl.where(tile == chosen, head, heads)
-
-
-@triton.jit(do_not_specialize=["n_rows", "row_tiles", "weight_tiles", "share"])
-def features_kernel(
-    first_features,  # [N, HIDDEN] x
-    second_features,
-    third_features,
-    weight,  # [HIDDEN + SIGNALS, 3 HIDDEN] x
-    hidden,  # [N, HIDDEN] x, out
-    signals,  # [N, SIGNALS] fp32, out
-    partial,  # [splits, N, HIDDEN + SIGNALS] fp32, out; None with one split
-    n_rows,
-    row_tiles,
-    weight_tiles,
-    share,  # blocks of BLOCK_H that a split takes
-    stride_first_row,
-    stride_second_row,
-    stride_third_row,
-    stride_weight_row,
-    SIGNALS: tl.constexpr,
-    HIDDEN: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-):
-    """A tile of rows times a tile of the weight's rows, over one split of the 3 HIDDEN columns."""
-    row = tl.program_id(0) % row_tiles * ROWS + tl.arange(0, ROWS)
-    tile = tl.program_id(0) // row_tiles % weight_tiles
-    split = tl.program_id(0) // (row_tiles * weight_tiles)
-    live = row < n_rows
-    row = row.to(tl.int64)
-    column = tl.arange(0, BLOCK_H)
-    target = tile * BLOCK_V + tl.arange(0, BLOCK_V)
-    last = HIDDEN + SIGNALS - 1
-    weights = weight + tl.minimum(target, last).to(tl.int64)[:, None] * stride_weight_row + column[None, :]
-
-    BLOCKS: tl.constexpr = (HIDDEN + BLOCK_H - 1) // BLOCK_H  # of one tensor
-    products = tl.zeros([ROWS, BLOCK_V], tl.float32)
-    for block in range(split * share, tl.minimum(split * share + share, 3 * BLOCKS)):
-        which = block // BLOCKS
-        first = block % BLOCKS * BLOCK_H
-        features = tl.where(which == 0, first_features, tl.where(which == 1, second_features, third_features))
-        stride = tl.where(which == 0, stride_first_row, tl.where(which == 1, stride_second_row, stride_third_row))
-        x = _load(features + row[:, None] * stride + column[None, :], live, first, BLOCK_H, HIDDEN)
-        tile_weight = _load(weights + which * HIDDEN, None, first, BLOCK_H, HIDDEN)
-        products = tl.dot(x, tl.trans(tile_weight), products, input_precision="ieee")
-
-    if partial is None:
-        _store(products, hidden, signals, row, target, live, SIGNALS, HIDDEN)
-    else:
-        place = (split * n_rows + row)[:, None] * (HIDDEN + SIGNALS) + target[None, :]
-        tl.store(partial + place, products, mask=live[:, None] & (target <= last)[None, :])
-
-
-@triton.jit
-def _store(products, hidden, signals, row, target, live, SIGNALS: tl.constexpr, HIDDEN: tl.constexpr):
-    """Columns below HIDDEN to `hidden`, rounded to x; those of the signals as they are."""
-    inside = live[:, None] & (target < HIDDEN)[None, :]
-    tl.store(hidden + row[:, None] * HIDDEN + target[None, :], products, mask=inside)
-    if SIGNALS:
-        inside = live[:, None] & ((target >= HIDDEN) & (target < HIDDEN + SIGNALS))[None, :]
-        tl.store(signals + row[:, None] * SIGNALS + (target - HIDDEN)[None, :], products, mask=inside)
-
-
-@triton.jit(do_not_specialize=["n_rows", "splits"])
-def sum_kernel(
-    partial,  # [splits, N, HIDDEN + SIGNALS] fp32
-    hidden,  # [N, HIDDEN] x, out
-    signals,  # [N, SIGNALS] fp32, out
-    n_rows,
-    splits,
-    SIGNALS: tl.constexpr,
-    HIDDEN: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-):
-    """Add the splits of BLOCK_V results of one row, in their order."""
-    row = (tl.program_id(0) % n_rows).to(tl.int64) + tl.arange(0, 1)
-    target = tl.program_id(0) // n_rows * BLOCK_V + tl.arange(0, BLOCK_V)
-    inside = (target < HIDDEN + SIGNALS)[None, :]
-    total = tl.zeros([1, BLOCK_V], tl.float32)
-    for split in range(splits):
-        place = (split * n_rows + row)[:, None] * (HIDDEN + SIGNALS) + target[None, :]
-        total += tl.load(partial + place, mask=inside, other=0.0)
-    _store(total, hidden, signals, row, target, row >= 0, SIGNALS, HIDDEN)
