@@ -129,8 +129,8 @@ def draft_topk(
     a row is -inf, its hidden state or the weights are broken. (A NaN among finite logits shows in no result: that token
     is not proposed.) Equal arguments give equal bits.
 
-    On a GPU the logits lie in a workspace of torch's allocator, fp32, in slabs of rows of at most 256 MiB; float64 and
-    k above 32 go to the twin.
+    On a GPU the logits lie in a workspace of torch's allocator, fp32, in slabs of rows of some 256 MiB; float64 and k
+    above 32 go to the twin. Rows that do not begin at multiples of 16 entries are read slowly.
     Raises TypeError for a wrong type or dtype, ValueError for a wrong shape, stride, device or value.
     """
     arguments = (hidden, norm_weight, eps, lm_head, k, exit_weight, exit_bias, token_map)

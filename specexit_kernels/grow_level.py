@@ -55,7 +55,14 @@ def _triton(*arguments: Any) -> _Grown:
     return grow_level_triton(*arguments)
 
 
-_OP.register_kernel("triton", _triton, triton.absent(), triton_limit)
+def _triton_limit(tokens: Tensor, logprobs: Tensor, scores: Tensor, hidden: Tensor, *arguments: Any) -> str | None:
+    visible = arguments[0]
+    if visible.shape[2] == 0:
+        return f"visible must have words, was {list(visible.shape)}"
+    return triton_limit(tokens, logprobs, scores) or triton.tensor_limit("hidden", hidden)
+
+
+_OP.register_kernel("triton", _triton, triton.absent(), _triton_limit)
 
 
 def grow_level(

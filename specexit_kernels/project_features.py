@@ -53,7 +53,7 @@ def _triton(*arguments: Any) -> tuple[Tensor, Tensor]:
 def _triton_limit(features: Sequence[Tensor], weight: Tensor) -> str | None:
     if features[0].shape[0] > MAX_ROWS:
         return f"features must have at most {MAX_ROWS} rows, had {features[0].shape[0]}"
-    return triton.tensor_limit("weight", weight)
+    return triton.tensor_limit("features[0]", features[0])
 
 
 _OP.register_kernel("triton", _triton, triton.absent(), _triton_limit)

@@ -96,8 +96,8 @@ def features_case(
 ) -> tuple[list[Tensor], Tensor]:
     weight = (normal(rng, size + signals, 3 * size) / (3 * size) ** 0.5).to(dtype)
     layout = draw(rng, 0, 2)
-    if layout == 0:
-        return [normal(rng, rows, size, dtype=dtype) for _ in range(3)], weight
+    if layout == 0:  # apart, each with its own stride
+        return [normal(rng, rows, size + more, dtype=dtype)[:, :size] for more in (0, 3, 16)], weight
     whole = normal(rng, rows, 3 * size, dtype=dtype)
     if layout == 1:
         return list(whole.split(size, 1)), weight

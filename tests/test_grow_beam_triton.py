@@ -4,6 +4,7 @@ results are the twins', bit for bit."""
 from __future__ import annotations
 
 import math
+import mmap
 from collections.abc import Iterator
 
 import numpy as np
@@ -20,6 +21,7 @@ from specexit_kernels.grow_level import grow_level_ref
 from specexit_kernels.triton.grow_beam import launches
 from specexit_kernels.triton.launch import run
 
+NO_RESERVE = 0x4000  # Linux: more than there is memory may be mapped
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is for machines without a GPU")
 
 
@@ -69,6 +71,25 @@ def test_ties_go_to_the_lower_index(rng: Generator) -> None:
     assert torch.equal(grow(args, level=False)[2], torch.arange(17, dtype=torch.int32).expand(6, -1))
 
 
+def test_zeros_of_both_signs_are_equal(rng: Generator) -> None:
+    args = grow_case(rng, 1, 1, 4, 4)
+    args |= {"logprobs": torch.tensor([[[-0.0, 0.0, -0.0, 0.0]]]), "scores": torch.tensor([[-0.0]])}
+    assert grow(args, level=False)[2].tolist() == [[0, 1, 2, 3]]
+
+
+@pytest.mark.parametrize("name", ["tokens", "logprobs", "scores", "hidden", "visible", "own"])
+def test_strides_beyond_32_bits(rng: Generator, name: str) -> None:
+    """Addresses are 64 bits wide: rows 2**30 entries apart, in memory that is mapped and hardly touched."""
+    args = grow_case(rng, 1, 3, 2, 3)
+    axis = args[name].dim() - 1 if name == "scores" else 1
+    strides = list(args[name].stride())
+    strides[axis] = 2**30
+    size = (2**31 + 2**16) * args[name].element_size()
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | NO_RESERVE)
+    far = torch.frombuffer(memory, dtype=args[name].dtype).as_strided(args[name].shape, strides)
+    check(args | {name: far.copy_(args[name])})
+
+
 def test_values_that_are_no_numbers(rng: Generator) -> None:
     strange = torch.tensor([math.nan, -math.inf, math.inf, 0.0, -0.0, 1e-7, 3e38, -3e38, 1e-45])
     for _ in range(4):
@@ -102,6 +123,13 @@ def test_the_ops_run_the_kernel_by_name(rng: Generator) -> None:
         assert torch.equal(actual, wanted)
     empty = grow_case(rng, 0, 4, 5, 6)
     assert [len(x) for x in grow_level(**empty, implementation="triton")] == [0] * 6
+    most = grow_case(rng, 1, 64, 64, 2)
+    for actual, wanted in zip(grow_level(**most, implementation="triton"), grow_level_ref(**most), strict=True):
+        assert torch.equal(actual, wanted)
+    with pytest.raises(ValueError, match="grow_level: visible must have words"):
+        grow_level(**grow_case(rng, words=0), implementation="triton")
+    with pytest.raises(ValueError, match="grow_level: hidden must have entries"):
+        grow_level(**grow_case(rng, hidden=0), implementation="triton")
     many = grow_case(rng, 1, 64, 65, 1)
     with pytest.raises(ValueError, match="grow_level: tokens must be at most 4096 a sequence, were 4160"):
         grow_level(**many, implementation="triton")

@@ -15,7 +15,9 @@ def absent() -> str | None:
 
 
 def tensor_limit(name: str, tensor: torch.Tensor) -> str | None:
-    """Why no Triton kernel takes this floating-point argument; None where they do."""
+    """Why no Triton kernel takes this argument of floats, whose last axis is read in blocks; None where they do."""
+    if tensor.shape[-1] == 0:
+        return f"{name} must have entries, was {list(tensor.shape)}"
     if tensor.dtype == torch.float64:
         return f"{name} must be float32, bfloat16 or float16, was float64"
     if tensor.is_cuda and (torch.version.hip or torch.cuda.get_device_capability(tensor.device) < (8, 0)):

@@ -1,8 +1,8 @@
 """How `draft_topk` and `project_features` are launched: tiles by architecture and rows, splits, slabs.
 
 Every line is provisional: none has been timed on a GPU yet (`benchmarks/bench_draft_head.py` will choose). They compile
-without spilling, and leave room for two programs on a multiprocessor where rows are few, so that one loads while the
-other ends.
+without spilling where rows begin at multiples of 16 entries (others are read one entry at a time), and leave room for
+two programs on a multiprocessor where rows are few, so that one loads while the other ends.
 """
 
 from __future__ import annotations

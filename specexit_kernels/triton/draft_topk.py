@@ -21,7 +21,7 @@ from specexit_kernels.triton.launch import Device, Launch, device_of, run
 # else is on its way to it then.
 FUSED_NORM_ENTRIES, NORM_ENTRIES = 32_768, 8192
 NORM_ROWS, NORM_WARPS = 4, 4
-SELECT_TILES = 2048  # that one warp searches, whose maxima need no barrier; more tiles take more warps
+SELECT_TILES = 1024  # that one warp searches, whose maxima need no barrier; more tiles take more warps
 
 
 def launches(

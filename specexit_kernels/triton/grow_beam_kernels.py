@@ -53,8 +53,8 @@ def grow_kernel(
     beam = tl.program_id(0) % beams
     candidate = tl.arange(0, CANDIDATES)
     there = candidate < parents * width
-    parent = candidate // width
-    place = batch * stride_logprobs_batch + parent * stride_logprobs_parent + candidate % width * stride_logprobs_width
+    parent, child = (candidate // width).to(tl.int64), (candidate % width).to(tl.int64)
+    place = batch * stride_logprobs_batch + parent * stride_logprobs_parent + child * stride_logprobs_width
     logprob = tl.load(logprobs + place, mask=there, other=0.0)
     score = tl.load(scores + batch * stride_scores_batch + parent * stride_scores_parent, mask=there, other=0.0)
     total = score + logprob
@@ -71,8 +71,8 @@ def grow_kernel(
         left = ranks_after(order, candidate, best, chosen)
         best = tl.max(tl.where(left, order, LOWEST), 0)
         chosen = tl.min(tl.where(left & (order == best), candidate, HIGHEST), 0)
-    parent = chosen // width
-    place = batch * stride_tokens_batch + parent * stride_tokens_parent + chosen % width * stride_tokens_width
+    above, child = (chosen // width).to(tl.int64), (chosen % width).to(tl.int64)
+    place = batch * stride_tokens_batch + above * stride_tokens_parent + child * stride_tokens_width
     row = batch * beams + beam
     tl.store(beam_tokens + row, tl.load(tokens + place))
     tl.store(beam_candidates + row, chosen)
@@ -80,11 +80,11 @@ def grow_kernel(
 
     if hidden is not None:
         word = tl.arange(0, BLOCK_W)
-        above = visible + batch * stride_visible_batch + parent.to(tl.int64) * stride_visible_parent
-        bits = tl.load(above + word, mask=word < WORDS, other=0)
-        bits |= tl.load(own + batch * stride_own_batch + beam * stride_own_beam + word, mask=word < WORDS, other=0)
-        tl.store(beam_visible + row * WORDS + word, bits, mask=word < WORDS)
-        source = hidden + batch * stride_hidden_batch + parent.to(tl.int64) * stride_hidden_parent
+        inside = word < WORDS
+        bits = tl.load(visible + batch * stride_visible_batch + above * stride_visible_parent + word, inside, other=0)
+        bits |= tl.load(own + batch * stride_own_batch + beam.to(tl.int64) * stride_own_beam + word, inside, other=0)
+        tl.store(beam_visible + row * WORDS + word, bits, mask=inside)
+        source = hidden + batch * stride_hidden_batch + above * stride_hidden_parent
         for first in range(0, HIDDEN, BLOCK_H):
             column = first + tl.arange(0, BLOCK_H)
             x = tl.load(source + column, mask=column < HIDDEN)

@@ -74,6 +74,6 @@ def launches(
 def project_features_triton(features: Sequence[Tensor], weight: Tensor) -> tuple[Tensor, Tensor]:
     """The op `project_features` on a GPU."""
     hidden, signals = outputs(features, weight)
-    if hidden.numel():
+    if len(hidden):
         run(launches(features, weight, hidden, signals, device=device_of(weight.device)), weight.device)
     return hidden, signals
