@@ -52,6 +52,18 @@ def test_views_of_one_tensor(rng: torch.Generator) -> None:
             assert torch.equal(actual, wanted)
 
 
+@pytest.mark.parametrize("size", [1, 16])
+def test_views_in_any_order(rng: torch.Generator, size: int) -> None:
+    """Side by side they are read as one tensor; in another order, twice, or of another tensor they are not."""
+    whole, other = torch.randn(2, 6, 3 * size, generator=rng).unbind()
+    a, b, c = whole.split(size, dim=1)
+    _, weight = case(rng, 6, size, 3)
+    for views in ((a, b, c), (c, b, a), (a, c, b), (b, b, b), (a, b, other[:, 2 * size :]), (a[:1], b[:1], c[:1])):
+        expected = project_features([x.clone() for x in views], weight)
+        for actual, wanted in zip(project_features(views, weight), expected, strict=True):
+            assert torch.equal(actual, wanted)
+
+
 def test_no_rows(rng: torch.Generator) -> None:
     hidden, signals = project_features(*case(rng, 0, 8, 3))
     assert hidden.shape == (0, 8)
