@@ -35,7 +35,8 @@ def head_case(
 
 
 def one_hot(logits: Tensor, dtype: torch.dtype = torch.float32) -> Arguments:
-    """Arguments with these very logits [N, Vd]: row n is axis n of 16, which the norm makes 4 long; nothing rounds."""
+    """Arguments, but for `k`, with these very logits [N, Vd]: row n of `hidden` is axis n of 16, along which lm_head
+    holds row n's logits. The norm makes it 4 long; powers of two do not round."""
     weights = torch.zeros(logits.shape[1], 16)
     weights[:, : len(logits)] = logits.T / 4
     hidden = torch.eye(16)[: len(logits)]
@@ -51,12 +52,18 @@ def one_hot(logits: Tensor, dtype: torch.dtype = torch.float32) -> Arguments:
     }
 
 
+def normed(args: Arguments) -> Tensor:
+    """The normed rows in float64, rounded to x where Llama's RMSNorm rounds."""
+    x = args["hidden"].double()
+    x = x / (x.pow(2).mean(1, keepdim=True) + args["eps"]).sqrt()
+    dtype = args["hidden"].dtype
+    return (args["norm_weight"].double() * x.to(dtype).double()).to(dtype).double()
+
+
 def exact(args: Arguments, device: torch.device) -> tuple[Tensor, Tensor]:
     """Log-probabilities [N, Vd] and signals [N, S] in float64, of the row that is rounded where the op rounds it."""
     there = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in args.items()}
-    x, dtype = there["hidden"].double(), there["hidden"].dtype
-    x = (x / (x.pow(2).mean(1, keepdim=True) + there["eps"]).sqrt()).to(dtype).double()
-    row = (there["norm_weight"].double() * x).to(dtype).double()
+    row = normed(there)
     signals = row.new_empty(len(row), 0)
     if there["exit_weight"] is not None:
         signals = row @ there["exit_weight"].double().T

@@ -8,13 +8,12 @@ import json
 import math
 import sys
 from dataclasses import asdict, replace
-from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
+from scripts import load_script, run_script
 
-SCRIPT = Path(__file__).resolve().parent.parent / "benchmarks" / "bench_draft_head.py"
 CPU = torch.device("cpu")
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="the launches are Triton's")
@@ -22,13 +21,7 @@ needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, re
 
 @pytest.fixture(scope="module")
 def bench() -> ModuleType:
-    """The script as a module; it puts the package `benchmarks` on the path."""
-    spec = importlib.util.spec_from_file_location("bench_draft_head", SCRIPT)
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("bench_draft_head")
 
 
 @pytest.fixture(scope="module")
@@ -46,14 +39,9 @@ def reference(bench) -> ModuleType:
     return sys.modules["benchmarks.head_reference"]
 
 
-def run(bench, monkeypatch, *arguments: str) -> int:
-    monkeypatch.setattr(sys, "argv", ["bench_draft_head.py", *arguments])
-    return bench.main()
-
-
 def test_writes_a_report_with_a_time_for_each_implementation(bench, monkeypatch, tmp_path, capsys):
     path = tmp_path / "report.json"
-    assert run(bench, monkeypatch, "--device", "cpu", "--json", str(path)) == 0
+    assert run_script(bench, monkeypatch, "--device", "cpu", "--json", str(path)) == 0
     report = json.loads(path.read_text())
     assert list(report) == ["device", "dtype", "torch", "ours", "ceilings", "cells"]
     assert (report["device"], report["dtype"], report["ours"]) == ("cpu", "float32", "torch")
@@ -109,7 +97,7 @@ def test_a_wrong_result_has_no_time(bench, cells, peers, monkeypatch, tmp_path, 
     monkeypatch.setattr(peers, op, lambda *args, **options: wrong(right(*args, **options)))
     monkeypatch.setattr(bench, "CPU", (cells.CPU[index],))
     path = tmp_path / "report.json"
-    assert run(bench, monkeypatch, "--device", "cpu", "--json", str(path)) == 1
+    assert run_script(bench, monkeypatch, "--device", "cpu", "--json", str(path)) == 1
     ours, eager = json.loads(path.read_text())["cells"][0]["results"]
     assert list(ours) == ["implementation", "unavailable"]
     assert ours["unavailable"].startswith(f"wrong result: {why}")
@@ -226,7 +214,7 @@ def test_the_model_is_marked_as_one(bench, monkeypatch, tmp_path, capsys):
     path = tmp_path / "model.json"
     # The interpreter compiles nothing.
     monkeypatch.setattr(bench.head_model.h200, "compiled", lambda launch: (128, 90_000))
-    assert run(bench, monkeypatch, "--model", "--all", "--json", str(path)) == 0
+    assert run_script(bench, monkeypatch, "--model", "--all", "--json", str(path)) == 0
     report = json.loads(path.read_text())
     assert report["measured"] is False
     assert len(report["cells"]) == len(bench.ALL)
@@ -276,13 +264,12 @@ def test_other_tiles_and_splits_compute_the_same(cells):
 )
 def test_bad_options(bench, monkeypatch, capsys, arguments, message):
     with pytest.raises(SystemExit):
-        run(bench, monkeypatch, "--device", "cpu", *arguments)
+        run_script(bench, monkeypatch, "--device", "cpu", *arguments)
     assert message in capsys.readouterr().err
 
 
-def test_a_result_names_what_computed_it(bench, cells):
+def test_a_result_names_what_computed_it(cells, peers):
     """On a GPU ours is the kernel; where the op gives arguments to the twin, a note says so."""
-    peers = importlib.import_module("benchmarks.head_peers")
     small = cells.Head("small", 64, 200, 200)
     notes = []
     for rows in (10, 129):

@@ -8,24 +8,16 @@ import json
 import math
 import sys
 import time
-from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
-
-SCRIPT = Path(__file__).resolve().parent.parent / "benchmarks" / "bench_tree_attention.py"
+from scripts import load_script, run_script
 
 
 @pytest.fixture(scope="module")
 def bench() -> ModuleType:
-    """The script as a module; it puts the package `benchmarks` on the path."""
-    spec = importlib.util.spec_from_file_location("bench_tree_attention", SCRIPT)
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("bench_tree_attention")
 
 
 @pytest.fixture(scope="module")
@@ -46,14 +38,9 @@ def small(bench, cells, monkeypatch):
     return cell
 
 
-def run(bench, monkeypatch, *arguments: str) -> int:
-    monkeypatch.setattr(sys, "argv", ["bench_tree_attention.py", *arguments])
-    return bench.main()
-
-
 def test_writes_a_report_with_a_time_for_each_implementation(bench, small, monkeypatch, tmp_path, capsys):
     path = tmp_path / "report.json"
-    assert run(bench, monkeypatch, "--device", "cpu", "--json", str(path)) == 0
+    assert run_script(bench, monkeypatch, "--device", "cpu", "--json", str(path)) == 0
     report = json.loads(path.read_text())
     assert list(report) == ["device", "dtype", "torch", "ours", "ceilings", "cells"]
     assert (report["device"], report["dtype"], report["ours"]) == ("cpu", "float32", "sdpa")
@@ -84,7 +71,7 @@ def test_a_wrong_result_has_no_time(bench, small, monkeypatch, tmp_path, capsys,
     right = peers.tree_attention
     monkeypatch.setattr(peers, "tree_attention", lambda *args, **options: wrong(right(*args, **options)))
     path = tmp_path / "report.json"
-    assert run(bench, monkeypatch, "--device", "cpu", "--json", str(path)) == 1
+    assert run_script(bench, monkeypatch, "--device", "cpu", "--json", str(path)) == 1
     ours, twin, sdpa = json.loads(path.read_text())["cells"][0]["results"]
     assert ours == {"implementation": "sdpa", "unavailable": why}
     assert "microseconds" not in twin
@@ -154,7 +141,7 @@ def test_occupancy_on_sm_90(bench):
 def test_the_model_is_marked_as_one(bench, monkeypatch, tmp_path, capsys):
     path = tmp_path / "model.json"
     monkeypatch.setattr(bench.attention_model, "compiled", lambda cell: (230, 100_000))  # the interpreter compiles none
-    assert run(bench, monkeypatch, "--model", "--json", str(path)) == 0
+    assert run_script(bench, monkeypatch, "--model", "--json", str(path)) == 0
     report = json.loads(path.read_text())
     assert report["measured"] is False
     assert len(report["cells"]) == len(bench.SUBSET)
@@ -205,5 +192,5 @@ def test_other_tiles_and_splits_compute_the_same(bench, harness, cells):
 )
 def test_bad_options(bench, monkeypatch, capsys, arguments, message):
     with pytest.raises(SystemExit):
-        run(bench, monkeypatch, "--device", "cpu", *arguments)
+        run_script(bench, monkeypatch, "--device", "cpu", *arguments)
     assert message in capsys.readouterr().err

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from draft_cases import normed, one_hot
 from tolerances import assert_close
 from torch import Tensor
 
@@ -38,24 +39,6 @@ def case(
     }
 
 
-def one_hot(logits: list[list[float]]) -> dict[str, Any]:
-    """Arguments with these very logits: row n of `hidden` is axis n, along which lm_head holds row n's logits.
-
-    Of 16 axes, the norm makes a unit vector 4 long; powers of two do not round.
-    """
-    head = torch.zeros(len(logits[0]), 16)
-    head[:, : len(logits)] = torch.tensor(logits).T / 4
-    return {"hidden": torch.eye(16)[: len(logits)], "norm_weight": torch.ones(16), "eps": 1e-30, "lm_head": head}
-
-
-def normed(args: dict[str, Any]) -> Tensor:
-    """The normed rows in float64, rounded to x where Llama's RMSNorm rounds."""
-    x = args["hidden"].double()
-    x = x / (x.pow(2).mean(1, keepdim=True) + args["eps"]).sqrt()
-    dtype = args["hidden"].dtype
-    return (args["norm_weight"].double() * x.to(dtype).double()).to(dtype).double()
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 def test_equals_the_oracle(rng: torch.Generator, dtype: torch.dtype) -> None:
     accumulated = torch.promote_types(dtype, torch.float32)
@@ -84,7 +67,7 @@ def test_ranking_is_exact(rng: torch.Generator) -> None:
         values = torch.tensor([0.0, -0.0, 1.0, -2.0, 0.5, 3.0])
         logits = values[torch.randint(0, 6, (4, 37), generator=rng)].tolist()
         k = int(torch.randint(1, 38, (), generator=rng))
-        tokens, logprobs, _ = draft_topk(**one_hot(logits), k=k)
+        tokens, logprobs, _ = draft_topk(**one_hot(torch.tensor(logits)) | {"k": k})
         for n, row in enumerate(logits):
             expected = sorted(range(37), key=lambda v, row=row: (-row[v], v))[:k]
             assert tokens[n].tolist() == expected
@@ -97,21 +80,21 @@ def test_ranking_is_exact(rng: torch.Generator) -> None:
 def test_ties_across_a_large_vocabulary(rng: torch.Generator) -> None:
     logits = torch.zeros(2, 40_000)
     logits[:, torch.randperm(40_000, generator=rng)[:3]] = 1.0
-    tokens, _, _ = draft_topk(**one_hot(logits.tolist()), k=8)
+    tokens, _, _ = draft_topk(**one_hot(logits) | {"k": 8})
     first = logits[0].nonzero().flatten().tolist()
     expected = first + [v for v in range(12) if v not in first][:5]
     assert tokens.tolist() == [expected, expected]
 
 
 def test_nan_counts_as_minus_infinity() -> None:
-    args = one_hot([[0.0, 1.0, 2.0, 1.0]] * 2)
+    args = one_hot(torch.tensor([[0.0, 1.0, 2.0, 1.0]] * 2)) | {"k": 4}
     args["lm_head"][2, 5] = NAN  # a token whose logit is NaN in every row
-    tokens, logprobs, _ = draft_topk(**args, k=4)
+    tokens, logprobs, _ = draft_topk(**args)
     assert tokens.tolist() == [[1, 3, 0, 2]] * 2
     assert logprobs[:, 3].tolist() == [-INF, -INF]
     assert_close(logprobs[0, :3], torch.tensor([1.0, 1.0, 0.0]).log_softmax(0), torch.float32)
     args["hidden"][1, 3] = NAN  # a row of NaN: no logit is left
-    tokens, logprobs, _ = draft_topk(**args, k=4)
+    tokens, logprobs, _ = draft_topk(**args)
     assert tokens.tolist() == [[1, 3, 0, 2], [0, 1, 2, 3]]
     assert logprobs[1].tolist() == [-INF] * 4
 
