@@ -9,14 +9,15 @@ from collections.abc import Callable
 from functools import partial
 from itertools import product
 
-import torch
 from torch import Tensor
 
 from benchmarks.h200 import ITEMSIZE, SHARED_OF_PROGRAM
 from benchmarks.harness import Peer, Prepared, Unavailable
 from benchmarks.head_cells import EPS, Projection, Topk
 from benchmarks.head_reference import Top
+from specexit_kernels.draft_topk import outputs as topk_outputs
 from specexit_kernels.project_features import MAX_ROWS
+from specexit_kernels.project_features import outputs as features_outputs
 from specexit_kernels.triton import draft_topk, project_features
 from specexit_kernels.triton.draft_head_table import Config
 from specexit_kernels.triton.launch import device_of, run
@@ -46,18 +47,15 @@ def tiled(config: Config | None, times: float = 1) -> Callable[[Topk | Projectio
 
         def top(lm_head: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             assert isinstance(problem, Topk)
-            tokens = problem.hidden.new_empty(cell.rows, cell.k, dtype=torch.int32)
-            logprobs = problem.hidden.new_empty(cell.rows, cell.k, dtype=torch.float32)
-            signals = problem.hidden.new_empty(cell.rows, cell.exit_rows, dtype=torch.float32)
             inputs = (problem.hidden, problem.norm_weight, EPS, lm_head, cell.k)
-            options = (problem.exit_weight, problem.exit_bias, problem.token_map)
-            results = (tokens, logprobs, signals)
-            run(draft_topk.launches(*inputs, *options, *results, device=device, config=config), lm_head.device)
+            arguments = (*inputs, problem.exit_weight, problem.exit_bias, problem.token_map)
+            results = topk_outputs(*arguments)
+            run(draft_topk.launches(*arguments, *results, device=device, config=config), lm_head.device)
             return results
 
         def project(weight: Tensor) -> tuple[Tensor, Tensor]:
             assert isinstance(problem, Projection)
-            results = _results(problem)
+            results = features_outputs(problem.features, weight)
             made = project_features.launches(
                 problem.features, weight, *results, device=device, config=config, splits=splits
             )
@@ -71,17 +69,11 @@ def tiled(config: Config | None, times: float = 1) -> Callable[[Topk | Projectio
     return prepare
 
 
-def _results(problem: Projection) -> tuple[Tensor, Tensor]:
-    rows, weight = problem.cell.rows, problem.copies[0]
-    size = problem.cell.head.hidden
-    return weight.new_empty(rows, size), weight.new_empty(rows, len(weight) - size, dtype=torch.float32)
-
-
 def _splits(problem: Projection, config: Config | None) -> int:
     """What the table would take."""
     weight = problem.copies[0]
-    device = device_of(weight.device)
-    made = project_features.launches(problem.features, weight, *_results(problem), device=device, config=config)
+    device, results = device_of(weight.device), features_outputs(problem.features, weight)
+    made = project_features.launches(problem.features, weight, *results, device=device, config=config)
     return int(made[1].arguments["splits"]) if len(made) > 1 else 1
 
 

@@ -81,12 +81,6 @@ OP = Op(
 )
 
 
-def _triton(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    from specexit_kernels.triton.draft_topk import draft_topk_triton
-
-    return draft_topk_triton(*arguments)
-
-
 def _triton_limit(
     hidden: Tensor, norm_weight: Tensor, eps: float, lm_head: Tensor, k: int, *arguments: Any
 ) -> str | None:
@@ -95,7 +89,7 @@ def _triton_limit(
     return triton.tensor_limit("hidden", hidden)
 
 
-OP.register_kernel("triton", _triton, triton.absent(), _triton_limit)
+triton.register(OP, "draft_topk", _triton_limit)
 
 
 def draft_topk(

@@ -55,12 +55,6 @@ _OP = Op(
 )
 
 
-def _triton(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    from specexit_kernels.triton.grow_beam import grow_beam_triton
-
-    return grow_beam_triton(*arguments)
-
-
 def triton_limit(tokens: Tensor, logprobs: Tensor, scores: Tensor, *arguments: Any) -> str | None:
     """What the Triton kernel cannot take of these arguments, in words."""
     candidates = tokens.shape[1] * tokens.shape[2]
@@ -69,7 +63,7 @@ def triton_limit(tokens: Tensor, logprobs: Tensor, scores: Tensor, *arguments: A
     return triton.tensor_limit("scores", scores)
 
 
-_OP.register_kernel("triton", _triton, triton.absent(), triton_limit)
+triton.register(_OP, "grow_beam", triton_limit)
 
 
 def grow_beam(

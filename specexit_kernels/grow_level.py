@@ -49,12 +49,6 @@ _OP = Op(
 )
 
 
-def _triton(*arguments: Any) -> _Grown:
-    from specexit_kernels.triton.grow_beam import grow_level_triton
-
-    return grow_level_triton(*arguments)
-
-
 def _triton_limit(tokens: Tensor, logprobs: Tensor, scores: Tensor, hidden: Tensor, *arguments: Any) -> str | None:
     visible = arguments[0]
     if visible.shape[2] == 0:
@@ -62,7 +56,7 @@ def _triton_limit(tokens: Tensor, logprobs: Tensor, scores: Tensor, hidden: Tens
     return triton_limit(tokens, logprobs, scores) or triton.tensor_limit("hidden", hidden)
 
 
-_OP.register_kernel("triton", _triton, triton.absent(), _triton_limit)
+triton.register(_OP, "grow_beam", _triton_limit)
 
 
 def grow_level(

@@ -9,7 +9,6 @@ three tensors are read where they are, and the signals, which are compared with 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -55,19 +54,13 @@ def outputs(features: Sequence[Tensor], weight: Tensor) -> tuple[Tensor, Tensor]
 _OP = Op("project_features(Tensor[] features, Tensor weight) -> (Tensor, Tensor)", project_features_ref, outputs)
 
 
-def _triton(*arguments: Any) -> tuple[Tensor, Tensor]:
-    from specexit_kernels.triton.project_features import project_features_triton
-
-    return project_features_triton(*arguments)
-
-
 def _triton_limit(features: Sequence[Tensor], weight: Tensor) -> str | None:
     if features[0].shape[0] > MAX_ROWS:
         return f"features must have at most {MAX_ROWS} rows, had {features[0].shape[0]}"
     return triton.tensor_limit("features[0]", features[0])
 
 
-_OP.register_kernel("triton", _triton, triton.absent(), _triton_limit)
+triton.register(_OP, "project_features", _triton_limit)
 
 
 def project_features(

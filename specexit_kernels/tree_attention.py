@@ -172,19 +172,13 @@ OP = Op(
 )
 
 
-def _triton(*arguments: Any) -> Tensor:
-    from specexit_kernels.triton.tree_attention import tree_attention_triton
-
-    return tree_attention_triton(*arguments)
-
-
 def _triton_limit(q: Tensor, k: Tensor, v: Tensor, *arguments: Any) -> str | None:
     if not 1 <= q.shape[-1] <= MAX_HEAD_DIM or v.shape[-1] > MAX_HEAD_DIM:
         return f"q and v must have heads of 1 to {MAX_HEAD_DIM}, were {list(q.shape)} and {list(v.shape)}"
     return triton.tensor_limit("q", q)
 
 
-OP.register_kernel("triton", _triton, triton.absent(), _triton_limit)
+triton.register(OP, "tree_attention", _triton_limit)
 
 
 def tree_attention(

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
 import importlib.util
+from collections.abc import Callable
+from typing import Any
 
 import torch
+
+from specexit_kernels._op import Op
 
 
 def absent() -> str | None:
@@ -12,6 +18,17 @@ def absent() -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed: a CUDA build of torch brings it, or pip install triton"
     return None
+
+
+def register(op: Op, module: str, limit: Callable[..., str | None]) -> None:
+    """Add the kernel of an op: `<op>_triton` of a module of this package, which is imported when it is first called."""
+
+    @functools.cache
+    def kernel() -> Callable[..., Any]:
+        function: Callable[..., Any] = getattr(importlib.import_module(f"{__name__}.{module}"), f"{op.name}_triton")
+        return function
+
+    op.register_kernel("triton", lambda *arguments: kernel()(*arguments), absent(), limit)
 
 
 def tensor_limit(name: str, tensor: torch.Tensor) -> str | None:

@@ -56,45 +56,43 @@ def launches(
     vocab_tiles = triton.cdiv(vocab, config.block_v)
     width = vocab_tiles * config.block_v
     rows = slab_rows(n_rows, width, config.rows)
-    workspace = [hidden.new_empty(rows, columns, dtype=torch.float32) for columns in (width, vocab_tiles, vocab_tiles)]
+    shared = {
+        "logits": hidden.new_empty(rows, width, dtype=torch.float32),
+        "peaks": hidden.new_empty(rows, vocab_tiles, dtype=torch.float32),
+        "totals": hidden.new_empty(rows, vocab_tiles, dtype=torch.float32),
+        "vocab_tiles": vocab_tiles,
+        "BLOCK_V": config.block_v,
+    }
     for start in range(0, n_rows, rows):
         n = min(rows, n_rows - start)
         row_tiles = triton.cdiv(n, config.rows)
         head = {
+            **shared,
             "hidden": hidden[start : start + n],
             "norm_weight": inside,
             "lm_head": lm_head,
             "exit_weight": exit_weight,
             "exit_bias": exit_bias,
-            "logits": workspace[0],
-            "peaks": workspace[1],
-            "totals": workspace[2],
             "signals": signals[start : start + n],
             "eps": eps,
             "n_rows": n,
             "vocab": vocab,
             "row_tiles": row_tiles,
-            "vocab_tiles": vocab_tiles,
             "stride_hidden_row": hidden.stride(0),
             "stride_head_row": lm_head.stride(0),
             "stride_exit_row": 0 if exit_weight is None else exit_weight.stride(0),
             "SIGNALS": signals.shape[1],
             "HIDDEN": size,
             "ROWS": config.rows,
-            "BLOCK_V": config.block_v,
             "BLOCK_H": config.block_h,
             "BLOCK_NORM": norm_block(FUSED_NORM_ENTRIES // config.rows, size),
         }
         select = {
-            "logits": workspace[0],
-            "peaks": workspace[1],
-            "totals": workspace[2],
+            **shared,
             "token_map": token_map,
             "tokens": tokens[start : start + n],
             "logprobs": logprobs[start : start + n],
-            "vocab_tiles": vocab_tiles,
             "k": k,
-            "BLOCK_V": config.block_v,
             "TILES": triton.next_power_of_2(vocab_tiles),
         }
         warps = min(max(1, select["TILES"] // SELECT_TILES), 32)
