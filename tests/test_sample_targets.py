@@ -144,6 +144,7 @@ def test_keeps_what_the_definition_keeps(rng: torch.Generator) -> None:
 def test_keeps_what_transformers_keeps(rng: torch.Generator) -> None:
     warpers = pytest.importorskip("transformers.generation.logits_process")
     logits = torch.randn(20, 500, generator=rng) * 4
+    compared = 0
     for w in random_rows(rng, 40):
         scores = warpers.TemperatureLogitsWarper(w.temperature)(None, logits)
         if w.top_k > 0:
@@ -155,7 +156,8 @@ def test_keeps_what_transformers_keeps(rng: torch.Generator) -> None:
         got = warp(logits, **w.rows(20))
         clear = torch.tensor([kept_by_hand(row, w)[2] for row in logits])
         assert torch.equal(got[clear], scores[clear])
-        assert clear.float().mean() > 0.5
+        compared += int(clear.sum())
+    assert compared > 400  # of 800: one setting may leave few rows clear, all together do not
 
 
 def test_top_k_keeps_ties_with_the_last() -> None:
@@ -286,14 +288,14 @@ CASES = [
 ]
 
 
-def random_distribution(rng: torch.Generator, w: Warpers) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits of one row that leaves a choice, and the exact probabilities of what the warpers keep of it."""
+def random_distribution(rng: torch.Generator, w: Warpers, most: float = 0.9) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits of one row that leaves a choice, and the exact probabilities, at most `most`, of what the warpers keep."""
     while True:
         logits = torch.randn(VOCAB, generator=rng) * 2
         kept, z, clear = kept_by_hand(logits, w)
         weight = torch.zeros(VOCAB, dtype=torch.float64)
         weight[kept] = torch.tensor([z[v] for v in kept], dtype=torch.float64).softmax(0)
-        if clear and weight.max() < 0.9:
+        if clear and weight.max() < most:
             return logits, weight
 
 
@@ -341,7 +343,7 @@ def sometimes_greedy(z: torch.Tensor, noise: torch.Tensor, rows: torch.Tensor) -
 
 @pytest.mark.parametrize("biased", [too_cold, noise_of_a_neighbour, normal_noise, sometimes_greedy])
 def test_the_test_rejects_a_biased_sampler(rng: torch.Generator, biased: Sampler) -> None:
-    logits, exact = random_distribution(rng, Warpers())
+    logits, exact = random_distribution(rng, Warpers(), most=0.5)  # near certainty shows no bias
     rows = torch.arange(DRAWS)
     seed = int(torch.randint(-(2**62), 2**62, (), generator=rng))
     noise = gumbel_noise(torch.full((DRAWS,), seed), rows.int(), VOCAB)
