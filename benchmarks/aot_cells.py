@@ -8,6 +8,10 @@ from typing import Any, Protocol
 
 import torch
 
+from specexit_kernels.draft_topk import outputs as topk_outputs
+from specexit_kernels.grow_beam import outputs as beam_outputs
+from specexit_kernels.grow_level import outputs as level_outputs
+from specexit_kernels.project_features import outputs as features_outputs
 from specexit_kernels.triton import draft_topk, grow_beam, project_features, tree_attention
 from specexit_kernels.triton.draft_head_table import Config as HeadConfig
 from specexit_kernels.triton.draft_head_table import features_configs, head_configs
@@ -145,7 +149,7 @@ class HeadCell:
 
     def launches(self) -> list[Launch]:
         n, dtype, signals = self.rows, self.dtype, self.signals
-        return draft_topk.launches(
+        arguments = (
             _empty(n, self.size, dtype=dtype),
             _empty(self.size, dtype=dtype),
             1e-6,
@@ -154,12 +158,9 @@ class HeadCell:
             _empty(signals, self.size, dtype=dtype) if signals else None,
             _empty(signals, dtype=dtype) if signals else None,
             _empty(self.vocab, dtype=torch.int32) if signals else None,
-            _empty(n, 10, dtype=torch.int32),
-            _empty(n, 10, dtype=torch.float32),
-            _empty(n, signals, dtype=torch.float32),
-            device=Device(self.capability, 132),
-            config=self.config,
         )
+        device = Device(self.capability, 132)
+        return draft_topk.launches(*arguments, *topk_outputs(*arguments), device=device, config=self.config)
 
 
 @dataclass(frozen=True)
@@ -184,11 +185,11 @@ class FeaturesCell:
 
     def launches(self) -> list[Launch]:
         features = _empty(self.rows, 3, self.size, dtype=self.dtype).unbind(1)  # as the decoder gives them
+        weight = _empty(self.size + self.signals, 3 * self.size, dtype=self.dtype)
         return project_features.launches(
             features,
-            _empty(self.size + self.signals, 3 * self.size, dtype=self.dtype),
-            _empty(self.rows, self.size, dtype=self.dtype),
-            _empty(self.rows, self.signals, dtype=torch.float32),
+            weight,
+            *features_outputs(features, weight),
             device=Device(self.capability, 132),
             config=self.config,
             splits=self.splits,
@@ -219,13 +220,11 @@ class GrowCell:
         def rows(dtype: torch.dtype, *shape: int) -> torch.Tensor:
             return _empty(batch, *shape, dtype=dtype)
 
-        floats, ints = torch.float32, torch.int32
-        outputs: tuple[torch.Tensor, ...] = rows(floats, k * k), rows(ints, k), rows(ints, k), rows(floats, k)
-        level = None
-        if self.size:
-            level = rows(self.dtype, k, self.size), rows(torch.int64, k, self.words), rows(torch.int64, k, self.words)
-            outputs += level[:2]
-        return grow_beam.launches(rows(ints, k, k), rows(floats, k, k), rows(floats, k), k, outputs, level)
+        ranked = rows(torch.int32, k, k), rows(torch.float32, k, k), rows(torch.float32, k)
+        if not self.size:
+            return grow_beam.launches(*ranked, k, beam_outputs(*ranked, k), None)
+        level = rows(self.dtype, k, self.size), rows(torch.int64, k, self.words), rows(torch.int64, k, self.words)
+        return grow_beam.launches(*ranked, k, level_outputs(*ranked, *level, k), level)
 
 
 def subset() -> Iterator[Cell]:

@@ -24,8 +24,11 @@ from benchmarks.h200 import (
     LAUNCH,
     MULTIPROCESSORS,
 )
-from benchmarks.head_cells import EPS, SIGNALS, WORDS, Cell
+from benchmarks.head_cells import EPS, WORDS, Cell
+from specexit_kernels.draft_topk import outputs as topk_outputs
+from specexit_kernels.grow_level import outputs as level_outputs
 from specexit_kernels.project_features import MAX_ROWS
+from specexit_kernels.project_features import outputs as features_outputs
 
 LATENCY = 0.8e-6  # seconds that a load from memory takes under load; assumed
 # Seconds of one step of the selection: a load out of L2 that the step before it decides on, and four maxima; assumed.
@@ -120,26 +123,27 @@ def _made(cell: Cell) -> tuple[list[Any], list[Tensor]]:
 
     n, size, k = cell.rows, cell.head.hidden, cell.k
     if cell.op == "project_features":
-        features = empty(n, 3 * size).view(n, 3, size).unbind(1)
-        results = empty(n, size), empty(n, SIGNALS, dtype=torch.float32)
-        return project_features.launches(features, empty(*cell.weight_shape), *results, device=H200), given
+        features, weight = empty(n, 3 * size).view(n, 3, size).unbind(1), empty(*cell.weight_shape)
+        projected = features_outputs(features, weight)
+        return project_features.launches(features, weight, *projected, device=H200), [*given, *projected]
 
-    exits = (empty(cell.exit_rows, size), empty(cell.exit_rows)) if cell.exit_rows else (None, None)
+    exit_weight = empty(cell.exit_rows, size) if cell.exit_rows else None
+    exit_bias = empty(cell.exit_rows) if cell.exit_rows else None
     token_map = empty(cell.head.vocabulary, dtype=torch.int32) if cell.head.target > cell.head.vocabulary else None
-    tokens, logprobs = empty(n, k, dtype=torch.int32), empty(n, k, dtype=torch.float32)
-    signals = empty(n, cell.exit_rows, dtype=torch.float32)
     hidden, lm_head = empty(n, size), empty(*cell.weight_shape)
-    arguments = (hidden, empty(size), EPS, lm_head, k, *exits, token_map, tokens, logprobs, signals)
-    made = draft_topk.launches(*arguments, device=H200)
+    arguments = (hidden, empty(size), EPS, lm_head, k, exit_weight, exit_bias, token_map)
+    results = topk_outputs(*arguments)
+    given += results
+    made = draft_topk.launches(*arguments, *results, device=H200)
     if cell.op == "level":
         batch = cell.batch
-        beams = [empty(batch, k, dtype=dtype) for dtype in (torch.int32, torch.int32, torch.float32)]
-        visible, own, seen = (empty(batch, k, WORDS, dtype=torch.int64) for _ in range(3))
-        outputs = (empty(batch, k * k, dtype=torch.float32), *beams, empty(batch, k, size), seen)
+        tokens, logprobs = (x.view(batch, k, k) for x in results[:2])
+        ranked = tokens, logprobs, empty(batch, k, dtype=torch.float32)
+        visible, own = (empty(batch, k, WORDS, dtype=torch.int64) for _ in range(2))
         level = (hidden.view(batch, k, size), visible, own)
-        scores = empty(batch, k, dtype=torch.float32)
-        children = tokens.view(batch, k, k), logprobs.view(batch, k, k)
-        made = made + grow_beam.launches(*children, scores, k, outputs, level)
+        grown = level_outputs(*ranked, *level, k)
+        given += grown
+        made = made + grow_beam.launches(*ranked, k, grown, level)
     return made, given
 
 

@@ -56,8 +56,8 @@ class Op:
         cpu: tuple[str, Callable[..., Any]] | None = None,
     ) -> None:
         self.name = schema.partition("(")[0]
-        self.reference = reference
-        self.cpu = Implementation(*(cpu or ("torch", reference)))
+        self.twin = Implementation("torch", reference)
+        self.cpu = Implementation(*cpu) if cpu else self.twin
         self.kernels: dict[str, Implementation] = {}
         LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
         LIBRARY.impl(self.name, self.cpu.function, "CPU")
@@ -85,7 +85,7 @@ class Op:
         for name in KERNELS:
             if name in self.kernels and self.kernels[name].takes(args):
                 return self.kernels[name]
-        return Implementation("torch", self.reference)
+        return self.twin
 
     def __call__(self, *args: Any, implementation: str | None = None) -> Any:
         """Run the op: the best implementation for the tensors' device, or the one that is asked for by name."""
@@ -94,7 +94,7 @@ class Op:
                 return self.cpu.function(*args)
             return self._dispatch(*args)
         if implementation == "torch":
-            return self.reference(*args)
+            return self.twin.function(*args)
         kernel = self.cpu if implementation == self.cpu.name else self.kernels.get(implementation)
         if kernel is None:
             known = ", ".join(dict.fromkeys(["torch", self.cpu.name, *self.kernels]))

@@ -49,8 +49,9 @@ _OP = Op(
 )
 
 
-def _triton_limit(tokens: Tensor, logprobs: Tensor, scores: Tensor, hidden: Tensor, *arguments: Any) -> str | None:
-    visible = arguments[0]
+def _triton_limit(
+    tokens: Tensor, logprobs: Tensor, scores: Tensor, hidden: Tensor, visible: Tensor, *arguments: Any
+) -> str | None:
     if visible.shape[2] == 0:
         return f"visible must have words, was {list(visible.shape)}"
     return triton_limit(tokens, logprobs, scores) or triton.tensor_limit("hidden", hidden)

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from specexit import ExitConfig, SpecExitDecoder, TreeConfig, loop
 from specexit.bundled import bundled_pair, load_problems
-from specexit_kernels._op import OPS, Implementation
+from specexit_kernels._op import OPS
 
 # Operations that need a value on the host, or whose output's shape depends on one.
 WAITS = {
@@ -156,7 +156,7 @@ def test_a_step_never_waits_and_keeps_its_addresses(
     call = {"input_ids": inputs.input_ids, "attention_mask": inputs.attention_mask, "max_new_tokens": new, **options}
     expected = decoder.generate(**call)
     for op in OPS.values():
-        monkeypatch.setattr(op, "cpu", Implementation("torch", op.reference))
+        monkeypatch.setattr(op, "cpu", op.twin)
     watcher = Watcher(loop.decode_step, monkeypatch)
     monkeypatch.setattr(loop, "decode_step", watcher)
     out = decoder.generate(**call)

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from specexit import SpecExitDecoder, TreeConfig, bundled_pair, loop
-from specexit_kernels._op import OPS, Implementation
+from specexit_kernels._op import OPS
 
 
 class Recording(TorchDispatchMode):
@@ -75,7 +75,7 @@ def test_replay_decodes_the_same(tree: TreeConfig, options: dict[str, Any], monk
     model = AutoModelForCausalLM.from_pretrained(pair.base, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(pair.base)
     for op in OPS.values():  # the twins: what the CPU has of its own may read tensors
-        monkeypatch.setattr(op, "cpu", Implementation("torch", op.reference))
+        monkeypatch.setattr(op, "cpu", op.twin)
     decoder = SpecExitDecoder.from_pretrained(model, pair.draft, tokenizer=tokenizer, tree=tree, capacity=420)
     call = {**prompts(tokenizer), "max_new_tokens": 220 if tree.nodes > 1 else 60, **options}
     expected = decoder.generate(**call)

@@ -35,7 +35,7 @@ def checked(name: str, calls: Counter[str]) -> Callable[..., Any]:
 def test_signatures_have_the_same_order() -> None:
     for name in unchecked.__all__:
         op = getattr(unchecked, name)
-        names = list(inspect.signature(op.reference).parameters)
+        names = list(inspect.signature(op.twin.function).parameters)
         assert [*names, "implementation"] == list(inspect.signature(getattr(specexit_kernels, name)).parameters)
 
 

@@ -41,6 +41,12 @@ def top(args: Arguments) -> tuple[Tensor, Tensor, Tensor]:
     return draft_topk(*positional, **there, implementation="triton")
 
 
+def features_on_gpu(x: list[Tensor], weight: Tensor) -> tuple[list[Tensor], Tensor]:
+    """The arguments of `project_features`, moved."""
+    *moved, weight = on_gpu(dict(zip("123w", [*x, weight], strict=True))).values()
+    return moved, weight
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rows", [1, 2, 10, 16, 17, 80, 320, 600])
 def test_head(rng: Generator, rows: int, dtype: torch.dtype) -> None:
@@ -81,12 +87,11 @@ def test_every_line_of_the_tables(rng: Generator, dtype: torch.dtype) -> None:
     for config in table.features_configs(device, dtype):
         for splits in (1, 3):
             x, weight = features_case(rng, 2 * config.rows - 3, pick(rng, 1024, 2880), 3, dtype)
-            made_of = on_gpu({"weight": weight} | {str(i): tensor for i, tensor in enumerate(x)})
-            there_x = [made_of[str(i)] for i in range(3)]
+            there_x, there_weight = features_on_gpu(x, weight)
             hidden = torch.full((len(x[0]), x[0].shape[1]), NAN, dtype=dtype, device=DEVICE)
             signals = torch.full((len(x[0]), 3), NAN, device=DEVICE)
             launches = features.launches(
-                there_x, made_of["weight"], hidden, signals, device=device, config=config, splits=splits
+                there_x, there_weight, hidden, signals, device=device, config=config, splits=splits
             )
             if splits > 1:
                 launches[0].arguments["partial"].fill_(NAN)
@@ -98,9 +103,7 @@ def test_every_line_of_the_tables(rng: Generator, dtype: torch.dtype) -> None:
 def test_features(rng: Generator, dtype: torch.dtype) -> None:
     for rows in (1, 10, 16, 17, 80, 128):
         x, weight = features_case(rng, rows, pick(rng, 64, 2560, draw(rng, 1, 700)), draw(rng, 0, 3), dtype)
-        there = on_gpu({"weight": weight} | {str(i): tensor for i, tensor in enumerate(x)})
-        result = project_features([there[str(i)] for i in range(3)], there["weight"], implementation="triton")
-        check_features(x, weight, result)
+        check_features(x, weight, project_features(*features_on_gpu(x, weight), implementation="triton"))
 
 
 def test_ties_and_values_that_are_no_numbers(rng: Generator) -> None:
