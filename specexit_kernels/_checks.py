@@ -73,3 +73,10 @@ def positive(name: str, value: float) -> None:
         raise TypeError(f"{name} must be a number, was {type(value).__name__}")
     if not 0 < value < math.inf:
         raise ValueError(f"{name} must be positive and finite, was {value}")
+
+
+def gpu_limit(name: str, value: Tensor) -> str | None:
+    """Why no kernel runs on the GPU that holds a tensor; None where they do."""
+    if value.is_cuda and (torch.version.hip or torch.cuda.get_device_capability(value.device) < (8, 0)):
+        return f"{name} must be on an NVIDIA GPU of compute capability 8.0 or above, was on {value.device}"
+    return None

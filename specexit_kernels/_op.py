@@ -7,6 +7,8 @@ and the fake tensors.
 
 from __future__ import annotations
 
+import functools
+import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -60,7 +62,7 @@ class Op:
         self.cpu = Implementation(*cpu) if cpu else self.twin
         self.kernels: dict[str, Implementation] = {}
         LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-        LIBRARY.impl(self.name, self.cpu.function, "CPU")
+        LIBRARY.impl(self.name, self._on_cpu, "CPU")
         LIBRARY.impl(self.name, self._on_cuda, "CUDA")
         torch.library.register_fake(f"specexit::{self.name}", fake, lib=LIBRARY)
         self._dispatch = getattr(torch.ops.specexit, self.name).default
@@ -77,6 +79,18 @@ class Op:
         if name not in KERNELS:
             raise ValueError(f"name must be one of {KERNELS}, was {name!r}")
         self.kernels[name] = Implementation(name, function, absent, limit)
+
+    def register_module(
+        self, name: str, module: str, absent: str | None, limit: Callable[..., str | None] | None = None
+    ) -> None:
+        """Add the GPU implementation `<op>_<name>` of `module`, which is imported when it is first called."""
+
+        @functools.cache
+        def kernel() -> Callable[..., Any]:
+            function: Callable[..., Any] = getattr(importlib.import_module(module), f"{self.name}_{name}")
+            return function
+
+        self.register_kernel(name, lambda *arguments: kernel()(*arguments), absent, limit)
 
     def implementation(self, device: str, args: Sequence[Any] | None = None) -> Implementation:
         """The implementation that runs for tensors on `device` ("cpu" or "cuda"): usually, or for these arguments."""
@@ -104,6 +118,9 @@ class Op:
         if kernel.limit is not None and (reason := kernel.limit(*args)):
             raise ValueError(f"implementation={implementation!r} of {self.name}: {reason}")
         return kernel.function(*args)
+
+    def _on_cpu(self, *args: Any) -> Any:
+        return self.cpu.function(*args)
 
     def _on_cuda(self, *args: Any) -> Any:
         return self.implementation("cuda", args).function(*args)

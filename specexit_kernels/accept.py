@@ -8,10 +8,12 @@ here is provisional: `decide_exit` clears it when it cuts the run before it.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from specexit_kernels import _checks, bits
+from specexit_kernels import _checks, bits, cuda
 from specexit_kernels._op import Op
 from specexit_kernels.state import DecodeState, Finish, Tree
 from specexit_kernels.verify_tree import verify_tree_ref
@@ -76,7 +78,7 @@ def _shift_forced(s: DecodeState, n: Tensor) -> None:
         s.forced.mul_(s.n_forced.unsqueeze(1))  # n_forced is 0 or 1
 
 
-def _outputs(
+def outputs(
     tokens: Tensor,
     parent: Tensor,
     depth: Tensor,
@@ -85,6 +87,7 @@ def _outputs(
     stop_ids: Tensor,
     state: list[Tensor],
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """The op's results, empty: what a launch fills, and all that a fake has."""
     output = DecodeState.of(state).output
     batch, columns = output.shape
     return output.new_empty(batch, columns), output.new_empty(batch), output.new_empty(batch)
@@ -94,8 +97,20 @@ _OP = Op(
     "accept(Tensor tokens, Tensor parent, Tensor depth, Tensor visible, Tensor targets, Tensor stop_ids,"
     " Tensor(a!)[] state) -> (Tensor, Tensor, Tensor)",
     accept_ref,
-    _outputs,
+    outputs,
 )
+
+
+def _cuda_limit(tokens: Tensor, *arguments: Any) -> str | None:
+    *_, state = arguments
+    return (
+        cuda.tree_limit("tree.tokens", tokens.shape[1])
+        or cuda.dense_limit("state", DecodeState, state)
+        or _checks.gpu_limit("tree.tokens", tokens)
+    )
+
+
+cuda.register(_OP, _cuda_limit)
 
 
 def accept(

@@ -16,12 +16,13 @@ entries are 0, 1 and -1, exact in any float format.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from specexit_kernels import _checks, bits
+from specexit_kernels import _checks, bits, cuda, native
 from specexit_kernels._op import Op
 from specexit_kernels.state import Tree
 
@@ -62,9 +63,10 @@ def build_tree_ref(
     return node_tokens, pad(parent.int(), (1, 0)), depth, visible
 
 
-def _outputs(
+def outputs(
     root: Tensor, tokens: Tensor, scores: Tensor, parents: Tensor, nodes: int, forced: Tensor, n_forced: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The op's results, empty: what a launch fills, and all that a fake has."""
     batch = root.shape[0]
     tokens, parent, depth = (root.new_empty(batch, nodes) for _ in range(3))
     return tokens, parent, depth, root.new_empty(batch, nodes, bits.words(nodes), dtype=torch.int64)
@@ -74,8 +76,20 @@ _OP = Op(
     "build_tree(Tensor root, Tensor tokens, Tensor scores, Tensor parents, int nodes, Tensor forced, Tensor n_forced)"
     " -> (Tensor, Tensor, Tensor, Tensor)",
     build_tree_ref,
-    _outputs,
+    outputs,
 )
+
+
+def _cuda_limit(
+    root: Tensor, tokens: Tensor, scores: Tensor, parents: Tensor, nodes: int, *arguments: Any
+) -> str | None:
+    most, count = native.load().max_candidates, tokens.shape[1]
+    if count > most:
+        return f"tokens must have at most {most} columns, had {count}"
+    return cuda.tree_limit("nodes", nodes) or _checks.gpu_limit("root", root)
+
+
+cuda.register(_OP, _cuda_limit)
 
 
 def build_tree(

@@ -8,11 +8,12 @@ The keys of a tree lie in node order behind the committed slots, so an accepted 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from specexit_kernels import _checks
+from specexit_kernels import _checks, cuda
 from specexit_kernels._op import Op
 
 
@@ -63,6 +64,13 @@ _OP = Op(
     compact_kv_ref,
     _outputs,
 )
+
+
+def _cuda_limit(keys: Sequence[Tensor], values: Sequence[Tensor], path: Tensor, *arguments: Any) -> str | None:
+    return _checks.gpu_limit("path", path)
+
+
+cuda.register(_OP, _cuda_limit)
 
 
 def compact_kv(

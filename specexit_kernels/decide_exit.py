@@ -11,10 +11,12 @@ In the twin rows come first, [R, B] and [R, B, S] with R = D + 1, so that what a
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from specexit_kernels import _checks
+from specexit_kernels import _checks, cuda, native
 from specexit_kernels._op import Op
 from specexit_kernels.markers import thinking_states
 from specexit_kernels.signals import activate_signals
@@ -186,7 +188,7 @@ def _cut(by_signals: Tensor | None, by_budget: Tensor | None, forced: Tensor, r:
     return end
 
 
-def _outputs(
+def outputs(
     signals: Tensor,
     rules: list[Tensor],
     smoothing: int,
@@ -196,6 +198,7 @@ def _outputs(
     force_stops: bool,
     state: list[Tensor],
 ) -> Tensor:
+    """The op's results, empty: what a launch fills, and all that a fake has."""
     return signals.new_empty(signals.shape[0], dtype=torch.int32)
 
 
@@ -203,8 +206,23 @@ _OP = Op(
     "decide_exit(Tensor signals, Tensor[] rules, int smoothing, bool per_step, bool has_minimum, bool has_budget,"
     " bool force_stops, Tensor(a!)[] state) -> Tensor",
     decide_exit_ref,
-    _outputs,
+    outputs,
 )
+
+
+def _cuda_limit(signals: Tensor, rules: list[Tensor], *arguments: Any) -> str | None:
+    *_, state = arguments
+    most, columns = native.load().max_columns, signals.shape[1]
+    if columns > most:
+        return f"signals must have at most {most} rows a sequence, had {columns}"
+    return (
+        cuda.dense_limit("rules", ExitRules, rules)
+        or cuda.dense_limit("state", DecodeState, state)
+        or _checks.gpu_limit("signals", signals)
+    )
+
+
+cuda.register(_OP, _cuda_limit)
 
 
 def decide_exit(signals: Tensor, rules: ExitRules, state: DecodeState, *, implementation: str | None = None) -> Tensor:

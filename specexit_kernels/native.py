@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+from collections.abc import Callable
 from typing import Any, Protocol, cast
 
 from specexit_kernels._version import __version__
@@ -15,9 +16,16 @@ from specexit_kernels._version import __version__
 _GET = "install specexit-kernels from source where nvcc is found (the CUDA toolkit, or CUDACXX=/path/to/nvcc)"
 
 
-class Native(Protocol):
-    """What the module offers. Failed CUDA calls raise RuntimeError."""
+HOST = "host"  # `architectures` of a module whose kernels were compiled to run on the host, as tests do
+Launch = Callable[..., None]
 
+
+class Native(Protocol):
+    """What the module offers."""
+
+    # Failed CUDA calls raise RuntimeError. Of a launch, the arguments are those of its struct in csrc/<op>.h, in the
+    # order of csrc/bindings.cpp; a strided tensor is a tuple of its address and its strides in elements.
+    __file__: str
     version: str  # of the package that it was built from
     architectures: str  # as CMake names them, between commas: "80-real,90a-real"
     cuda_version: int  # of the runtime that is linked in: 13000 for 13.0
@@ -37,6 +45,17 @@ class Native(Protocol):
     def selected_architecture(self) -> int:
         """Architecture of the module's code for the current device: 90 for sm_90 and sm_90a."""
         ...
+
+    max_nodes: int  # T of a tree
+    max_candidates: int  # C of build_tree
+    max_columns: int  # D + 1 of decide_exit
+    tile: int  # tokens of a row of logits that sample_targets keeps one entry of
+    build_tree: Launch
+    sample_targets: Launch
+    verify_tree: Launch
+    accept: Launch
+    decide_exit: Launch
+    compact_kv: Launch
 
 
 @functools.cache

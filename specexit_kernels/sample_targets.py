@@ -10,11 +10,12 @@ position, token) alone: a node's target is what plain decoding would draw there,
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from specexit_kernels import _checks
+from specexit_kernels import _checks, cuda
 from specexit_kernels._op import Op
 from specexit_kernels.philox import gumbel_noise
 
@@ -81,7 +82,7 @@ def warp(
     return torch.empty_like(z).scatter_(1, token, z) if ranked else z
 
 
-def _outputs(
+def outputs(
     logits: Tensor,
     positions: Tensor,
     seeds: Tensor,
@@ -90,6 +91,7 @@ def _outputs(
     top_p: Tensor | None = None,
     min_p: Tensor | None = None,
 ) -> Tensor:
+    """The op's results, empty: what a launch fills, and all that a fake has."""
     return logits.new_empty(logits.shape[0], dtype=torch.int32)
 
 
@@ -97,8 +99,17 @@ _OP = Op(
     "sample_targets(Tensor logits, Tensor positions, Tensor seeds, Tensor? temperature=None, Tensor? top_k=None,"
     " Tensor? top_p=None, Tensor? min_p=None) -> Tensor",
     sample_targets_ref,
-    _outputs,
+    outputs,
 )
+
+
+def _cuda_limit(logits: Tensor, *arguments: Any) -> str | None:
+    if logits.dtype == torch.float64:
+        return "logits must be float32, bfloat16 or float16, was float64"
+    return _checks.gpu_limit("logits", logits)
+
+
+cuda.register(_OP, _cuda_limit)
 
 
 def sample_targets(

@@ -10,10 +10,12 @@ a node's ancestors are its visible bits, so no pointer is chased.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from specexit_kernels import _checks, bits
+from specexit_kernels import _checks, bits, cuda
 from specexit_kernels._op import Op
 
 
@@ -40,7 +42,8 @@ def verify_tree_ref(
     return path, on_path.sum(1, dtype=torch.int32)
 
 
-def _outputs(tokens: Tensor, parent: Tensor, visible: Tensor, targets: Tensor, depth: int) -> tuple[Tensor, Tensor]:
+def outputs(tokens: Tensor, parent: Tensor, visible: Tensor, targets: Tensor, depth: int) -> tuple[Tensor, Tensor]:
+    """The op's results, empty: what a launch fills, and all that a fake has."""
     batch = tokens.shape[0]
     return tokens.new_empty(batch, depth + 1), tokens.new_empty(batch)
 
@@ -48,8 +51,15 @@ def _outputs(tokens: Tensor, parent: Tensor, visible: Tensor, targets: Tensor, d
 _OP = Op(
     "verify_tree(Tensor tokens, Tensor parent, Tensor visible, Tensor targets, int depth) -> (Tensor, Tensor)",
     verify_tree_ref,
-    _outputs,
+    outputs,
 )
+
+
+def _cuda_limit(tokens: Tensor, *arguments: Any) -> str | None:
+    return cuda.tree_limit("tokens", tokens.shape[1]) or _checks.gpu_limit("tokens", tokens)
+
+
+cuda.register(_OP, _cuda_limit)
 
 
 def verify_tree(

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import functools
-import importlib
 import importlib.util
 from collections.abc import Callable
-from typing import Any
 
 import torch
 
+from specexit_kernels import _checks
 from specexit_kernels._op import Op
 
 
@@ -21,14 +19,8 @@ def absent() -> str | None:
 
 
 def register(op: Op, module: str, limit: Callable[..., str | None]) -> None:
-    """Add the kernel of an op: `<op>_triton` of a module of this package, which is imported when it is first called."""
-
-    @functools.cache
-    def kernel() -> Callable[..., Any]:
-        function: Callable[..., Any] = getattr(importlib.import_module(f"{__name__}.{module}"), f"{op.name}_triton")
-        return function
-
-    op.register_kernel("triton", lambda *arguments: kernel()(*arguments), absent(), limit)
+    """Add the kernel of an op: `<op>_triton` of a module of this package."""
+    op.register_module("triton", f"{__name__}.{module}", absent(), limit)
 
 
 def tensor_limit(name: str, tensor: torch.Tensor) -> str | None:
@@ -37,6 +29,4 @@ def tensor_limit(name: str, tensor: torch.Tensor) -> str | None:
         return f"{name} must have entries, was {list(tensor.shape)}"
     if tensor.dtype == torch.float64:
         return f"{name} must be float32, bfloat16 or float16, was float64"
-    if tensor.is_cuda and (torch.version.hip or torch.cuda.get_device_capability(tensor.device) < (8, 0)):
-        return f"{name} must be on an NVIDIA GPU of compute capability 8.0 or above, was on {tensor.device}"
-    return None
+    return _checks.gpu_limit(name, tensor)

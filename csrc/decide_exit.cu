@@ -1,0 +1,190 @@
+// The exit decision, a warp a sequence: lane r has row r of the run, lane s smooths signal s. What rows know of each other
+// (markers, counts of thinking tokens, the first row that may be cut) goes by ballots.
+//
+// All of the state that is read is read before the first __syncwarp after the decision; then it is written.
+#include "decide_exit.h"
+
+#include "launch.h"
+#include "reduce.cuh"
+#include "smoothing.cuh"
+
+namespace specexit {
+namespace {
+
+// Bits of the first n rows.
+__device__ unsigned first_rows(int n) { return n < WARP ? (1u << n) - 1 : ALL_LANES; }
+
+// Tokens of the run up to the first row of a set; `none` if it is empty.
+__device__ int up_to_first(unsigned rows, int none) { return rows ? __ffs(rows) : none; }
+
+// Whether the text up to row r of the run ends with the marker; `tail` are the M tokens before the run.
+__device__ bool ends_with(const int32_t* marker, int n, const int32_t* run, int r, const int32_t* tail, int n_tail) {
+  bool same = n > 0;
+  for (int back = 0; back < n; back++) {
+    const int at = r - back;
+    same &= (at >= 0 ? run[at] : tail[n_tail + at]) == marker[n - 1 - back];
+  }
+  return same;
+}
+
+// Whether a row is inside the thinking text, from the markers at the rows before it: the last one decides, at one row the
+// end.
+__device__ bool is_inside(bool at_start, unsigned starts, unsigned ends, int n_rows) {
+  const unsigned marks = (starts | ends) & first_rows(n_rows);
+  return marks ? !(ends >> (31 - __clz(marks)) & 1) : at_start;
+}
+
+// The value of a raw signal, as specexit_kernels/signals.py has it.
+__device__ float activate(float raw, int signal) {
+  return signal == 2 ? expf(raw) : __fdiv_rn(1.0f, __fadd_rn(1.0f, expf(-raw)));
+}
+
+__device__ bool passes(float e, float threshold, int signal) {
+  const float margin = e - threshold;
+  return (signal == 2 ? -margin : margin) > 0.0f;
+}
+
+__global__ void __launch_bounds__(WARP) decide_exit_kernel(const DecideExit d) {
+  __shared__ float x[MAX_SIGNALS][MAX_COLUMNS], e[MAX_SIGNALS][MAX_COLUMNS], fresh[MAX_SIGNALS][MAX_COLUMNS];
+  const State& s = d.state;
+  const ExitRules& rules = d.rules;
+  const int64_t row = blockIdx.x;
+  const int r = threadIdx.x, signals = d.n_signals, none = d.columns + 1;
+  const int32_t* const run = s.run + row * (d.columns + 1);
+  int32_t* const tail = s.tail + row * d.tail;
+  const int n_pending = s.n_pending[row], length = s.lengths[row] - n_pending;
+
+  // Rows that are read and generated; those that count stand inside thinking before and after their token.
+  const int token = r < d.columns ? run[r] : -1;
+  const bool live = r < d.columns && r < n_pending && r + 1 > s.prompt_lengths[row] - length;
+  const bool thought = s.thinking[row] != 0;
+  const unsigned starts =
+      __ballot_sync(ALL_LANES, live && ends_with(rules.start, rules.n_start, run, r, tail, d.tail));
+  const unsigned ends = __ballot_sync(ALL_LANES, live && ends_with(rules.end, rules.n_end, run, r, tail, d.tail));
+  const bool before = is_inside(thought, starts, ends, r), after = is_inside(thought, starts, ends, r + 1);
+  const bool thinks = is_inside(thought, starts, ends, d.columns);
+  const bool counts = live && before && after;
+  const unsigned counting = __ballot_sync(ALL_LANES, counts), inside = __ballot_sync(ALL_LANES, after);
+  const bool stays = !__any_sync(ALL_LANES, before && !after);
+  const bool at_boundary = counts && token >= 0 && token < rules.vocabulary && rules.boundary[token] != 0;
+  const unsigned boundaries = __ballot_sync(ALL_LANES, at_boundary);
+  const int thinking_tokens = s.thinking_tokens[row];
+  const int total = thinking_tokens + __popc(counting & first_rows(r + 1));
+
+  unsigned present[MAX_SIGNALS];  // rows at which the signal has a value
+#pragma unroll
+  for (int i = 0; i < MAX_SIGNALS; i++) {
+    bool has_value = false;
+    if (i < signals && counts && d.signals.data) {
+      const float value = activate(d.signals[row][r][i], i);
+      has_value = value < INFINITY;  // NaN is not
+      x[i][r] = value;
+    }
+    present[i] = __ballot_sync(ALL_LANES, has_value);
+  }
+  __syncwarp();
+
+  // Lane i smooths signal i, and finds the rows that it allows to be cut; a signal that is not used allows all.
+  const int64_t of_signal = row * signals + r;
+  Smoother smoother(rules.smoothing, d.window, rules.alpha[row], 0.0f, 0, s.history + of_signal * d.window,
+                    fresh[r < signals ? r : 0]);
+  unsigned allowed = ALL_LANES;
+  if (r < signals) {
+    smoother.e = s.smoothed[of_signal];
+    smoother.seen = s.seen[of_signal];
+    const unsigned mine = r == 0 ? present[0] : r == 1 ? present[1] : present[2];
+    const float threshold = rules.thresholds[of_signal];
+    unsigned passed = 0;
+    if (rules.per_step) {  // what was known before this step decides; then the mean of its values is taken
+      const float known = smoother.seen < smoother.needed() ? NAN : smoother.e;
+      passed = passes(known, threshold, r) ? ALL_LANES : 0;
+      double sum = 0;
+      for (int i = 0; i < d.columns; i++) {
+        e[r][i] = known;
+        if (mine >> i & 1) sum += x[r][i];
+      }
+      if (!stays) smoother.restart();
+      else if (mine) smoother.take(static_cast<float>(sum / __popc(mine)));
+    } else {
+      for (int i = 0; i < d.columns; i++) {
+        if (!(inside >> i & 1) && rules.n_start + rules.n_end > 0) smoother.restart();
+        if (!(mine >> i & 1)) continue;
+        smoother.take(x[r][i]);
+        e[r][i] = smoother.e;
+        if (passes(smoother.e, threshold, r)) passed |= 1u << i;
+      }
+    }
+    if (rules.used[of_signal]) allowed = passed;
+  }
+  __syncwarp();  // the trace reads all of e
+  for (int i = 0; i < MAX_SIGNALS; i++)
+    if (i < signals) allowed &= __shfl_sync(ALL_LANES, allowed, i);
+
+  // The first row that the signals or the budget allow to be cut.
+  unsigned fires = signals > 0 ? __shfl_sync(ALL_LANES, allowed, 0) & boundaries : 0;
+  if (rules.per_step) fires = stays ? fires & (boundaries & -boundaries) : 0;
+  if (rules.has_minimum) fires &= __ballot_sync(ALL_LANES, total >= rules.min_thinking[row]);
+  unsigned spent = 0;
+  if (rules.has_budget) {
+    const bool anywhere = rules.hard_budget[row] != 0;
+    spent = __ballot_sync(ALL_LANES, counts && (at_boundary || anywhere) && total >= rules.budget[row]);
+  }
+  const int by_signals = up_to_first(fires, none), by_budget = up_to_first(spent, none);
+  const int first = min(by_signals, by_budget);
+  const bool is_cut = rules.n_force > 0 && first <= n_pending && s.n_forced[row] == 0;
+  const int end = is_cut ? first : 0, n_output = is_cut ? first : n_pending;
+  const int forced = is_cut ? rules.force[0] : 0;
+  const bool is_first = is_cut && s.exit_reason[row] == NO_EXIT;
+  const int limit = s.limits[row];
+
+  if (r < d.columns) {
+    const int id = r < n_output ? run[r + 1] : 0;
+    s.output[row * d.columns + r] = r + 1 == end ? forced : id;
+  }
+  if (d.has_trace && r < d.columns)
+    for (int i = 0; i < signals; i++) {
+      const bool shown = r < n_output && (i == 0 ? present[0] : i == 1 ? present[1] : present[2]) >> r & 1;
+      float* const at = s.trace + (row * d.columns + r) * 2 * signals + i;
+      at[0] = shown ? x[i][r] : NAN;
+      at[signals] = shown ? e[i][r] : NAN;
+    }
+  if (r < signals) {
+    if (is_cut) smoother.restart();
+    s.seen[of_signal] = smoother.seen;
+    s.smoothed[of_signal] = smoother.seen < smoother.needed() ? 0.0f : smoother.e;
+    smoother.write_history(s.history + of_signal * d.window);
+  }
+  for (int at = 0; at < d.tail; at += WARP) {  // a chunk is read before it is written, and what it writes is not read again
+    const int i = at + r, from = i + n_output;
+    int id = -1;
+    if (i < d.tail && !is_cut) id = from < d.tail ? tail[from] : run[from - d.tail];
+    __syncwarp();
+    if (i < d.tail) tail[i] = id;
+  }
+  __syncwarp();
+  for (int i = r; is_cut && i < rules.n_force; i += WARP) s.forced[row * d.n_ids + i] = rules.force[i];
+  if (r != 0) return;
+  d.cut[row] = end - 1;
+  s.lengths[row] = length + n_output;
+  s.n_output[row] = n_output;
+  s.thinking[row] = thinks && !is_cut;
+  s.thinking_tokens[row] = thinking_tokens + __popc(counting & first_rows(n_output));
+  if (!is_cut) return;
+  s.root[row] = forced;
+  s.n_forced[row] = rules.n_force;
+  s.finished[row] = rules.force_stops ? STOP : limit - (length + end) == 1 ? LENGTH : RUNNING;
+  if (is_first) {
+    s.exit_position[row] = length + end - 1;
+    s.exit_reason[row] = by_budget < by_signals ? BY_BUDGET : BY_SIGNALS;
+  }
+}
+
+}  // namespace
+
+cudaError_t decide_exit(const DecideExit& arguments, cudaStream_t stream) {
+  if (arguments.columns < 1 || arguments.columns > MAX_COLUMNS || arguments.n_signals > MAX_SIGNALS)
+    return cudaErrorInvalidValue;
+  return launch(decide_exit_kernel, arguments.batch, WARP, stream, arguments);
+}
+
+}  // namespace specexit

@@ -1,0 +1,31 @@
+"""CUDA kernels of the native module, as implementations of the ops."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import fields
+from typing import Any
+
+from torch import Tensor
+
+from specexit_kernels import native
+from specexit_kernels._op import Op
+
+
+def register(op: Op, limit: Callable[..., str | None] | None = None) -> None:
+    """Add the kernel of an op: `<op>_cuda` of the module `<op>` of this package."""
+    op.register_module("cuda", f"{__name__}.{op.name}", native.absent(), limit)
+
+
+def tree_limit(name: str, nodes: int) -> str | None:
+    """Why no kernel takes trees of so many nodes; None where they do."""
+    most = native.load().max_nodes
+    return f"{name} must have at most {most} nodes, had {nodes}" if nodes > most else None
+
+
+def dense_limit(name: str, struct: type[Any], tensors: list[Tensor]) -> str | None:
+    """Why no kernel takes these tensors, the first fields of a struct; None where they do."""
+    for field, tensor in zip(fields(struct), tensors, strict=False):
+        if not tensor.is_contiguous():
+            return f"{name}.{field.name} must be contiguous, had strides {list(tensor.stride())}"
+    return None
