@@ -81,7 +81,7 @@ __global__ void __launch_bounds__(THREADS) build_tree_kernel(const BuildTree t) 
     return block.sum(reaching);
   };
   constexpr uint64_t LOWEST = 1, HIGHEST = (uint64_t(1) << (32 + INDEX_BITS)) - 1;  // of candidates
-  const uint64_t least = highest_key(LOWEST, HIGHEST, static_cast<unsigned>(t.nodes - 1), count);
+  const uint64_t least = key_of_best(LOWEST, HIGHEST, t.nodes - 1, count);
 
 #pragma unroll
   for (int i = 0; i < ITEMS; i++) {

@@ -91,7 +91,7 @@ __device__ uint64_t draw_narrowed(const T* logits, int vocabulary, const Draw& d
   const unsigned k = draw.top_k;
   unsigned pivot = order_key(best - GAP);
   if (k > 0)
-    pivot = highest_key(lowest, highest, k, [&](unsigned key) {
+    pivot = key_of_best(lowest, highest, k, [&](unsigned key) {
       unsigned reaching = 0;
       for (int i = threadIdx.x; i < n_tiles; i += NARROWING) reaching += entry_value(tiles[i]) >= key;
       return block.sum(reaching);
@@ -119,7 +119,7 @@ __device__ uint64_t draw_narrowed(const T* logits, int vocabulary, const Draw& d
 
   unsigned least = tokens.listed >= 0 ? pivot : lowest;  // the key that a kept token reaches
   if (k > 0)
-    least = highest_key(least, highest, k, [&](unsigned key) { return tokens.count(value_key(key), ~uint64_t(0)); });
+    least = key_of_best(least, highest, k, [&](unsigned key) { return tokens.count(value_key(key), ~uint64_t(0)); });
   uint64_t threshold = value_key(least);  // the entry that it reaches
   if (draw.top_p < 1.0f) {
     const uint64_t limit = tokens.kept_mass(by_mass ? mass : tokens.mass(least));
@@ -129,7 +129,7 @@ __device__ uint64_t draw_narrowed(const T* logits, int vocabulary, const Draw& d
     const uint64_t first = entry_key(least, vocabulary - 1), last = entry_key(least, 0);
     threshold = first;
     if (kept < tokens.count(first, last))
-      threshold = highest_key(first, last, kept, [&](uint64_t entry) -> uint64_t { return tokens.count(entry, last); });
+      threshold = key_of_best(first, last, kept, [&](uint64_t entry) { return tokens.count(entry, last); });
   }
 
   const float least_weight = draw.min_p > 1.0f ? 1.0f : draw.min_p;

@@ -87,14 +87,27 @@ class Block {
   int turn = 0;
 };
 
-// The largest key from `low` to `high` at which `measure` is `wanted` or more, or `low`. `measure(key)` is a sum over
-// everything that reaches the key, so it falls as the key rises, and this is the key of the wanted-th entry: exact
-// selection without sorting, in as many passes as the range has bits.
+// The largest key from `low` to `high` at which `measure`, a sum over everything that reaches the key, is `wanted` or more;
+// or `low`. Selection without sorting, exact, in as many sums as the range has bits.
 template <typename Key, typename Amount, typename Measure>
 __device__ Key highest_key(Key low, Key high, Amount wanted, Measure measure) {
   while (low < high) {
-    const Key middle = low + (high - low + 1) / 2;
+    const Key middle = high - (high - low) / 2;  // above low; no range overflows
     if (measure(middle) >= wanted) low = middle;
+    else high = middle - 1;
+  }
+  return low;
+}
+
+// A key that the n largest entries reach and, but for others equal to the last of these, no other. Between the n-th and
+// the next any key does, so few of the bits are asked for.
+template <typename Key, typename Count>
+__device__ Key key_of_best(Key low, Key high, unsigned n, Count count) {
+  while (low < high) {
+    const Key middle = high - (high - low) / 2;  // above low; no range overflows
+    const unsigned found = count(middle);
+    if (found == n) return middle;
+    if (found > n) low = middle;
     else high = middle - 1;
   }
   return low;

@@ -77,7 +77,7 @@ __global__ void __launch_bounds__(WARPS* WARP) best_of_rows_kernel(const SampleT
 }
 
 template <typename T>
-__global__ void __launch_bounds__(NARROWING) narrowed_rows_kernel(const SampleTargets s) {
+__global__ void __launch_bounds__(NARROWING, 2) narrowed_rows_kernel(const SampleTargets s) {
   const int tiles = tiles_of(s.vocabulary);
   const int64_t row = blockIdx.x;
   const uint64_t* const entries = s.best + row * tiles;

@@ -48,6 +48,7 @@ def build_tree_ref(
     chosen = order[:, : nodes - 1].masked_fill_(ranked[:, : nodes - 1] == -math.inf, count).sort(dim=1).values
     if nodes - 1 > count:
         chosen = pad(chosen, (0, nodes - 1 - count), value=count)
+    chosen = chosen.contiguous()  # which it is, unless scores are not
     node_tokens = torch.cat([root.unsqueeze(1), pad(tokens, (0, 1)).gather(1, chosen)], 1)
     # Nodes are in the order of candidates, after the root: a parent's node is the number of those chosen up to it.
     above = pad(parents, (0, 1), value=-1).gather(1, chosen)

@@ -69,7 +69,7 @@ def test_a_part_past_its_limit_keeps_the_result_that_it_left(gpu):
     assert "result" not in report
 
 
-@pytest.mark.parametrize("name", ["tree_attention", "draft_head"])
+@pytest.mark.parametrize("name", ["tree_attention", "draft_head", "step_ops"])
 def test_a_benchmark_without_a_time_of_ours_has_failed(gpu, name):
     gpu.LOGS.mkdir()
     path = gpu.LOGS / f"{name}.json"
