@@ -5,14 +5,14 @@
 #   make test        lint, and the tests that take seconds each
 #   make test-full   every test
 #   make lint        ruff and mypy
-#   make bench       a decode step, part by part, tree attention and the draft's head, on this machine
-#   make bench-full  tree attention and the draft's head in every shape, for a GPU: hours
+#   make bench       a decode step, part by part, tree attention, the draft's head, the small ops, on this machine
+#   make bench-full  tree attention, the draft's head and the small ops in every shape, for a GPU: hours
 #   make aot         compile the Triton kernels for GPUs that need not be here: registers, spills; aot-full: all variants
 #   make gpu         on a machine with an NVIDIA GPU: build, test, measure, try (benchmarks/README.md)
 #   make clean       remove what was built, and the virtual environment
 
 PYTHON ?= python3
-PARTS ?= build,tests,tree_attention,draft_head,demo
+PARTS ?= build,tests,tree_attention,draft_head,step_ops,demo
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -42,10 +42,12 @@ bench: $(INSTALLED)
 	$(BIN)/python benchmarks/bench_step.py
 	$(BIN)/python benchmarks/bench_tree_attention.py
 	$(BIN)/python benchmarks/bench_draft_head.py
+	$(BIN)/python benchmarks/bench_step_ops.py
 
 bench-full: $(INSTALLED)
 	$(BIN)/python benchmarks/bench_tree_attention.py --all
 	$(BIN)/python benchmarks/bench_draft_head.py --all
+	$(BIN)/python benchmarks/bench_step_ops.py --all
 
 aot: $(INSTALLED)
 	$(BIN)/python benchmarks/aot.py

@@ -26,11 +26,11 @@ class Benchmark:
     usual, full  the names that are measured without it, the latter with `--all`
     apart        names whose peers go through all cells one after the other, because each compiles for seconds
     cpu_peers    what is measured beside ours on a CPU
-    tuning       the module with other configurations of ours, TUNING; it needs Triton
     subset, all, cpu  the cells without `--all`, with it, and on a CPU
     goals        how many of the first cells get all their peers before the others do
     budget       seconds after which peers are left out without `--all`
-    show         prints the analytic model of cells, and writes it to a file
+    tuning       the module with other configurations of ours, TUNING, where there is one; it needs Triton
+    show         prints the analytic model of cells, where there is one, and writes it to a file
     """
 
     description: str | None
@@ -40,23 +40,23 @@ class Benchmark:
     usual: tuple[str, ...]
     full: tuple[str, ...]
     cpu_peers: tuple[Peer, ...]
-    tuning: str
     subset: Sequence[Any]
     all: Sequence[Any]
     cpu: Sequence[Any]
     goals: int
     budget: int
-    show: Callable[[Sequence[Any], Path | None], None]
+    tuning: str | None = None
+    show: Callable[[Sequence[Any], Path | None], None] | None = None
     apart: Collection[str] = ()
 
 
 def main(benchmark: Benchmark) -> int:
     """Run the script. Exit status: 0, or 1 where ours has a cell without a time."""
-    known = [*benchmark.peers, "tune"]
+    known = [*benchmark.peers, *(["tune"] if benchmark.tuning else [])]
     parser = _parser(benchmark, known)
     arguments = parser.parse_args()
     cells: Sequence[Cell] = (benchmark.all if arguments.all else benchmark.subset)[: arguments.cells]
-    if arguments.model:
+    if benchmark.show and arguments.model:
         benchmark.show(cells, arguments.json)
         return 0
 
@@ -68,7 +68,7 @@ def main(benchmark: Benchmark) -> int:
     if unknown := [name for name in chosen if name not in known]:
         parser.error(f"--peers must be of {', '.join(known)}, was {', '.join(map(repr, unknown))}")
     peers = dict(benchmark.peers)
-    if "tune" in chosen:
+    if benchmark.tuning and "tune" in chosen:
         peers["tune"] = importlib.import_module(benchmark.tuning).TUNING
     own = Peer(implementations()[benchmark.op][device.type], benchmark.ours, optional=False)
     rounds: list[list[Peer]] = [[own]]  # ours first, while there is time
@@ -94,7 +94,7 @@ def _parser(benchmark: Benchmark, known: Sequence[str]) -> argparse.ArgumentPars
     parser.add_argument("--cells", type=positive, help="only the first ones, the most important")
     parser.add_argument(
         "--peers",
-        help=f"comma-separated, of {', '.join(known)} (other tiles of ours);"
+        help=f"comma-separated, of {', '.join(known)}{' (other tiles of ours)' if benchmark.tuning else ''};"
         f" default: {','.join(benchmark.usual)}; {','.join(benchmark.full)} with --all",
     )
     parser.add_argument(
@@ -103,7 +103,8 @@ def _parser(benchmark: Benchmark, known: Sequence[str]) -> argparse.ArgumentPars
         help=f"seconds after which peers are left out; default: {benchmark.budget}, none with --all",
     )
     parser.add_argument("--json", type=new_file, help="write the results to this file (benchmarks/README.md)")
-    parser.add_argument("--model", action="store_true", help="the analytic model of the cells; nothing is measured")
+    if benchmark.show:
+        parser.add_argument("--model", action="store_true", help="the analytic model of the cells; nothing is measured")
     return parser
 
 

@@ -89,11 +89,12 @@ class Prepared:
 @dataclass(frozen=True)
 class Peer:
     """An implementation by name; `prepare` takes a problem, and raises where it cannot do the cell. Ours is not
-    `optional`: it is measured although time has run out."""
+    `optional`: it is measured although time has run out. `cells` says which cells it belongs to; None: to all."""
 
     name: str
     prepare: Callable[[Any], Prepared]
     optional: bool = True
+    cells: Callable[[Any], bool] | None = None
 
 
 def attempt(peer: Peer, problem: Problem, device: torch.device) -> Result:
@@ -138,8 +139,8 @@ def rated(cell: Cell, results: Sequence[Result], itemsize: int, ceilings: timer.
 def table(heading: str, cell: Result) -> str:
     """The lines of one cell of the report."""
     lines = [
-        f"\n{heading}: {cell['bytes'] / 1e6:,.1f} MB,"
-        f" {cell['flops'] / 1e9:,.1f} GFLOP, floor {cell['floor_microseconds']:,.1f} µs ({cell['limit']})",
+        f"\n{heading}: {_number(cell['bytes'] / 1e6)} MB,"
+        f" {cell['flops'] / 1e9:,.1f} GFLOP, floor {_number(cell['floor_microseconds'])} µs ({cell['limit']})",
         f"  {'':20}{'µs':>10}{'20 to 80 %':>24}{'TB/s':>8}{'TFLOP/s':>9}{'of floor':>10}{'x ours':>8}",
     ]
     for result in cell["results"]:
@@ -157,6 +158,10 @@ def table(heading: str, cell: Result) -> str:
     return "\n".join(lines)
 
 
+def _number(value: float) -> str:
+    return f"{value:,.1f}" if value >= 0.1 else f"{value:.1g}"
+
+
 def fits(cell: Cell, device: torch.device, dtype: torch.dtype) -> bool:
     """Whether the inputs and 2 GiB besides fit in the GPU's memory."""
     return device.type != "cuda" or cell.memory(device, dtype) + 2**31 < torch.cuda.mem_get_info(device)[0]
@@ -169,6 +174,8 @@ def run_cell(
     problem, reason = None, ""
     results: list[Result] = []
     for peer in peers:
+        if peer.cells and not peer.cells(cell):
+            continue
         if peer.optional and time.monotonic() > deadline:
             results.append({"implementation": peer.name, "unavailable": "the time budget was used up"})
             continue
