@@ -7,12 +7,12 @@
 #   make lint        ruff and mypy
 #   make bench       a decode step, part by part, tree attention, the draft's head, the small ops, on this machine
 #   make bench-full  tree attention, the draft's head and the small ops in every shape, for a GPU: hours
-#   make aot         compile the Triton kernels for GPUs that need not be here: registers, spills; aot-full: all variants
+#   make aot         the kernels as compiled for GPUs that need not be here: registers, spills; aot-full: all variants
 #   make gpu         on a machine with an NVIDIA GPU: build, test, measure, try (benchmarks/README.md)
 #   make clean       remove what was built, and the virtual environment
 
 PYTHON ?= python3
-PARTS ?= build,tests,tree_attention,draft_head,step_ops,demo
+PARTS ?= build,tests,sanitizer,tree_attention,draft_head,step_ops,demo
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -50,6 +50,7 @@ bench-full: $(INSTALLED)
 	$(BIN)/python benchmarks/bench_step_ops.py --all
 
 aot: $(INSTALLED)
+	$(BIN)/python benchmarks/aot_native.py
 	$(BIN)/python benchmarks/aot.py
 
 aot-full: $(INSTALLED)
