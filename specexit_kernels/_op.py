@@ -138,11 +138,10 @@ def _is_eager_on_cpu(argument: Any) -> bool:
 def implementations() -> dict[str, dict[str, str]]:
     """For every op, the implementation that a CPU and a CUDA tensor would get, and why none faster is used.
 
-    Example: {"verify_tree": {"cpu": "torch", "cuda": "torch", "why": "no kernel yet"}}
+    Example: {"verify_tree": {"cpu": "torch", "cuda": "torch", "why": "cuda: the native module is not built; ..."}}
     """
     table = {}
     for name, op in sorted(OPS.items()):
-        absent = [f"{k.name}: {k.absent}" for k in op.kernels.values() if k.absent]
-        why = "; ".join(absent) if absent else ("" if op.kernels else "no kernel yet: the PyTorch twin runs")
+        why = "; ".join(f"{kernel.name}: {kernel.absent}" for kernel in op.kernels.values() if kernel.absent)
         table[name] = {"cpu": op.implementation("cpu").name, "cuda": op.implementation("cuda").name, "why": why}
     return table
