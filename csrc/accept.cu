@@ -17,10 +17,11 @@ __global__ void __launch_bounds__(WARP) accept_kernel(const Accept a) {
   const Vector<const int32_t> targets = a.targets[row], depth = a.depth[row];
   int32_t* const forced = s.forced + row * a.n_ids;
   const int n_forced = s.n_forced[row];
+  const int length = s.lengths[row], limit = s.limits[row], finished = s.finished[row], old_root = s.root[row];
   const auto target = [&](int node) {
     if (n_forced > 1) {  // the first one is the root
       const int after = depth[node] + 1;
-      if (after < n_forced) return forced[min(after, a.n_ids - 1)];
+      if (after > 0 && after < n_forced) return forced[min(after, a.n_ids - 1)];
     }
     return targets[node];
   };
@@ -39,8 +40,7 @@ __global__ void __launch_bounds__(WARP) accept_kernel(const Accept a) {
   }
 
   // A finished row has no room, and none that it could fill: -1.
-  const int length = s.lengths[row], old_root = s.root[row];
-  const int room = s.finished[row] ? -1 : max(s.limits[row] - length - 1, 0);
+  const int room = finished ? -1 : max(limit - length - 1, 0);
   const int kept = max(min(min(path.length, room), static_cast<int>(first_stop)), 0);
 
   int32_t* const columns = a.path + row * a.columns;

@@ -8,6 +8,7 @@
 #include <cstring>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "accept.h"
@@ -120,10 +121,10 @@ void run_build_tree(Ints root, IntRows tokens, Matrix<const float> scores, IntRo
 
 void run_sample_targets(Address logits, int64_t stride_row, int dtype, Ints positions, Vector<const int64_t> seeds,
                         Floats temperature, Ints top_k, Floats top_p, Floats min_p, int rows, int vocabulary,
-                        Address best, Address targets, Address stream) {
+                        Address best, Address mass, Address targets, Address stream) {
   const SampleTargets arguments = {pointer<void>(logits), stride_row, static_cast<Float>(dtype),
                                    positions, seeds, temperature, top_k, top_p, min_p, rows, vocabulary,
-                                   pointer<uint64_t>(best), pointer<int32_t>(targets)};
+                                   pointer<uint64_t>(best), pointer<uint64_t>(mass), pointer<int32_t>(targets)};
   check(sample_targets(arguments, stream_of(stream)), "sample_targets");
 }
 
@@ -157,30 +158,35 @@ void run_decide_exit(Cube<const float> signals, const RuleFields& rules, const s
   check(decide_exit(arguments, stream_of(stream)), "decide_exit");
 }
 
-// caches  (address, stride of a block, a slot, a head, blocks, heads, vectors, slots) of each, as CacheShape
-void run_compact_kv(const std::vector<std::array<int64_t, 8>>& caches, int vector, IntRows path, Ints n_accepted,
-                    Ints lengths, IntRows block_table, int batch, int columns, int table_blocks, Address stream) {
+// Caches of one shape: what CacheShape has, in its order, and their addresses.
+using CacheGroup = std::tuple<std::array<int64_t, 7>, std::vector<Address>>;
+
+void run_compact_kv(const std::vector<CacheGroup>& groups, int vector, IntRows path, Ints n_accepted, Ints lengths,
+                    IntRows block_table, bool is_paged, int batch, int columns, int table_blocks, Address stream) {
   CompactKv arguments = {};
   arguments.path = path, arguments.n_accepted = n_accepted, arguments.lengths = lengths;
-  arguments.block_table = block_table, arguments.batch = batch, arguments.columns = columns;
-  arguments.table_blocks = table_blocks, arguments.vector = vector;
+  arguments.block_table = block_table, arguments.is_paged = is_paged, arguments.table_blocks = table_blocks;
+  arguments.batch = batch, arguments.columns = columns, arguments.vector = vector;
   int shapes = 0;
   const auto flush = [&] {
-    check(compact_kv(arguments, stream_of(stream)), "compact_kv");
+    if (arguments.tensors > 0) check(compact_kv(arguments, stream_of(stream)), "compact_kv");
     arguments.tensors = shapes = 0;
   };
-  for (const auto& cache : caches) {  // one launch takes them all, unless there are very many, or of many shapes
-    if (arguments.tensors == MAX_TENSORS) flush();
-    const CacheShape shape = {cache[1], cache[2], cache[3], static_cast<int>(cache[4]), static_cast<int>(cache[5]),
-                              static_cast<int>(cache[6]), static_cast<int>(cache[7])};
-    int of = 0;
-    while (of < shapes && std::memcmp(&arguments.shapes[of], &shape, sizeof(shape)) != 0) of++;
-    if (of == MAX_SHAPES) flush(), of = 0;
-    if (of == shapes) arguments.shapes[shapes++] = shape;
-    arguments.caches[arguments.tensors] = pointer<void>(static_cast<Address>(cache[0]));
-    arguments.shape_of[arguments.tensors++] = static_cast<uint8_t>(of);
+  for (const auto& [numbers, addresses] : groups) {  // one launch takes them all, unless there are very many
+    const CacheShape shape = {numbers[0], numbers[1], numbers[2], static_cast<int>(numbers[3]),
+                              static_cast<int>(numbers[4]), static_cast<int>(numbers[5]), static_cast<int>(numbers[6])};
+    if (shapes == MAX_SHAPES) flush();
+    arguments.shapes[shapes++] = shape;
+    for (const Address address : addresses) {
+      if (arguments.tensors == MAX_TENSORS) {
+        flush();
+        arguments.shapes[shapes++] = shape;
+      }
+      arguments.caches[arguments.tensors] = pointer<void>(address);
+      arguments.shape_of[arguments.tensors++] = static_cast<uint8_t>(shapes - 1);
+    }
   }
-  if (arguments.tensors) flush();
+  flush();
 }
 
 }  // namespace
@@ -198,6 +204,7 @@ PYBIND11_MODULE(_C, m) {
   m.attr("max_nodes") = MAX_NODES;
   m.attr("max_candidates") = MAX_CANDIDATES;
   m.attr("max_columns") = MAX_COLUMNS;
+  m.attr("max_vocabulary") = MAX_VOCABULARY;
   m.attr("tile") = TILE;
   m.def("build_tree", &run_build_tree);
   m.def("sample_targets", &run_sample_targets);

@@ -60,19 +60,23 @@ __global__ void __launch_bounds__(THREADS) build_tree_kernel(const BuildTree t) 
   const int64_t row = blockIdx.x;
   const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
 
-  if (threadIdx.x == 0) t.node_tokens[row * t.nodes] = t.root[row];
-  const int n_forced = min(t.n_forced[row], t.n_ids);
-  if (n_forced > 0) return write_chain(t, row, min(n_forced, t.nodes));
-
   uint64_t keys[ITEMS];  // 0: no candidate
+  int tokens[ITEMS], parents[ITEMS];  // loaded while the search goes on
 #pragma unroll
   for (int i = 0; i < ITEMS; i++) {
     const int c = i * THREADS + threadIdx.x;
-    const float score = c < t.candidates ? t.scores[row][c] : -INFINITY;
+    const bool is_there = c < t.candidates;
+    const float score = is_there ? t.scores[row][c] : -INFINITY;
+    tokens[i] = is_there ? t.tokens[row][c] : 0;
+    parents[i] = is_there ? min(t.parents[row][c], c - 1) : -1;
     keys[i] = score > -INFINITY  // not so for NaN
                   ? static_cast<uint64_t>(order_key(score)) << INDEX_BITS | (MAX_CANDIDATES - 1 - c)
                   : 0;
   }
+  if (threadIdx.x == 0) t.node_tokens[row * t.nodes] = t.root[row];
+  const int n_forced = min(t.n_forced[row], t.n_ids);
+  if (n_forced > 0) return write_chain(t, row, min(n_forced, t.nodes));
+
   Block<THREADS> block;
   const auto count = [&](uint64_t key) {
     unsigned reaching = 0;
@@ -104,9 +108,8 @@ __global__ void __launch_bounds__(THREADS) build_tree_kernel(const BuildTree t) 
     const int c = i * THREADS + threadIdx.x;
     if (keys[i] < least) continue;
     const int node = chosen_up_to(c);
-    const int parent = min(t.parents[row][c], c - 1);
-    above[node] = parent < 0 ? 0 : chosen_up_to(parent);
-    t.node_tokens[row * t.nodes + node] = t.tokens[row][c];
+    above[node] = parents[i] < 0 ? 0 : chosen_up_to(parents[i]);
+    t.node_tokens[row * t.nodes + node] = tokens[i];
   }
   __syncthreads();
   for (int n = threadIdx.x; n < t.nodes; n += THREADS) {

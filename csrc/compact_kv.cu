@@ -17,7 +17,7 @@ constexpr int HELD = 8;  // vectors that a thread has in flight
 __device__ int64_t offset_of(const CompactKv& c, const CacheShape& shape, int64_t row, int slot) {
   if (slot < 0) return -1;
   int64_t block = row;
-  if (c.block_table.data) {
+  if (c.is_paged) {
     if (slot / shape.slots >= c.table_blocks) return -1;
     block = c.block_table[row][slot / shape.slots];
     slot %= shape.slots;
@@ -28,7 +28,7 @@ __device__ int64_t offset_of(const CompactKv& c, const CacheShape& shape, int64_
 
 template <typename Bytes>
 __global__ void __launch_bounds__(THREADS) compact_kv_kernel(const __grid_constant__ CompactKv c) {
-  const int64_t row = blockIdx.y;
+  const int64_t row = blockIdx.x;
   const Vector<const int32_t> path = c.path[row];
   const int n = min(c.n_accepted[row], c.columns);
   bool moves = false;
@@ -36,7 +36,7 @@ __global__ void __launch_bounds__(THREADS) compact_kv_kernel(const __grid_consta
   if (!moves) return;
 
   const CacheShape& shape = c.shapes[c.shape_of[blockIdx.z]];
-  const int index = blockIdx.x * THREADS + threadIdx.x;
+  const int index = blockIdx.y * THREADS + threadIdx.x;
   if (index >= shape.heads * shape.vectors) return;
   Bytes* const cache = static_cast<Bytes*>(c.caches[blockIdx.z]) + index / shape.vectors * shape.stride_head +
                        index % shape.vectors;
@@ -69,7 +69,7 @@ cudaError_t launch_for(const CompactKv& arguments, cudaStream_t stream) {
     const CacheShape& shape = arguments.shapes[arguments.shape_of[i]];
     most = shape.heads * shape.vectors > most ? shape.heads * shape.vectors : most;
   }
-  const dim3 blocks((most + THREADS - 1) / THREADS, arguments.batch, arguments.tensors);
+  const dim3 blocks(arguments.batch, (most + THREADS - 1) / THREADS, arguments.tensors);
   return launch(compact_kv_kernel<Bytes>, blocks, THREADS, stream, arguments);
 }
 

@@ -24,8 +24,9 @@ struct CompactKv {
   Matrix<const int32_t> path;         // [B, D + 1]
   Vector<const int32_t> n_accepted;   // [B]
   Vector<const int32_t> lengths;      // [B]
-  Matrix<const int32_t> block_table;  // [B, blocks]; no data: the caches are not paged
+  Matrix<const int32_t> block_table;  // [B, blocks], of paged caches
   int batch, tensors, columns, table_blocks;
+  bool is_paged;
   int vector;  // bytes: 1, 2, 4, 8 or 16, which divide all addresses and strides
 };
 static_assert(sizeof(CompactKv) <= 4096, "CUDA's limit of a kernel's arguments");

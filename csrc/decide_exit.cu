@@ -52,12 +52,29 @@ __global__ void __launch_bounds__(WARP) decide_exit_kernel(const DecideExit d) {
   const int r = threadIdx.x, signals = d.n_signals, none = d.columns + 1;
   const int32_t* const run = s.run + row * (d.columns + 1);
   int32_t* const tail = s.tail + row * d.tail;
-  const int n_pending = s.n_pending[row], length = s.lengths[row] - n_pending;
+
+  // What depends on nothing is loaded before the first ballot, across which the compiler moves no load.
+  const bool in_run = r < d.columns, has_signal = r < signals;
+  const int64_t of_signal = row * signals + r;
+  const int n_pending = max(0, min(s.n_pending[row], d.columns)), length = s.lengths[row] - n_pending;
+  const int token = in_run ? run[r] : -1, next = in_run ? run[r + 1] : 0;
+  const bool ends_paragraph = token >= 0 && token < rules.vocabulary && rules.boundary[token] != 0;
+  float raw[MAX_SIGNALS];
+#pragma unroll
+  for (int i = 0; i < MAX_SIGNALS; i++)
+    raw[i] = in_run && i < signals && d.signals.data ? d.signals[row][r][i] : NAN;
+  const float smoothed = has_signal ? s.smoothed[of_signal] : 0.0f;
+  const int seen = has_signal ? s.seen[of_signal] : 0;
+  const float threshold = has_signal ? rules.thresholds[of_signal] : 0.0f, alpha = rules.alpha[row];
+  const bool is_used = has_signal && rules.used[of_signal] != 0, thought = s.thinking[row] != 0;
+  const int thinking_tokens = s.thinking_tokens[row], n_forced = s.n_forced[row], reason = s.exit_reason[row];
+  const int prompt_length = s.prompt_lengths[row], limit = s.limits[row];
+  const int minimum = rules.has_minimum ? rules.min_thinking[row] : 0, budget = rules.has_budget ? rules.budget[row] : 0;
+  const bool anywhere = rules.has_budget && rules.hard_budget[row] != 0;
+  const int first_id = rules.n_force > 0 ? rules.force[0] : 0;
 
   // Rows that are read and generated; those that count stand inside thinking before and after their token.
-  const int token = r < d.columns ? run[r] : -1;
-  const bool live = r < d.columns && r < n_pending && r + 1 > s.prompt_lengths[row] - length;
-  const bool thought = s.thinking[row] != 0;
+  const bool live = in_run && r < n_pending && r + 1 > prompt_length - length;
   const unsigned starts =
       __ballot_sync(ALL_LANES, live && ends_with(rules.start, rules.n_start, run, r, tail, d.tail));
   const unsigned ends = __ballot_sync(ALL_LANES, live && ends_with(rules.end, rules.n_end, run, r, tail, d.tail));
@@ -66,34 +83,24 @@ __global__ void __launch_bounds__(WARP) decide_exit_kernel(const DecideExit d) {
   const bool counts = live && before && after;
   const unsigned counting = __ballot_sync(ALL_LANES, counts), inside = __ballot_sync(ALL_LANES, after);
   const bool stays = !__any_sync(ALL_LANES, before && !after);
-  const bool at_boundary = counts && token >= 0 && token < rules.vocabulary && rules.boundary[token] != 0;
+  const bool at_boundary = counts && ends_paragraph;
   const unsigned boundaries = __ballot_sync(ALL_LANES, at_boundary);
-  const int thinking_tokens = s.thinking_tokens[row];
   const int total = thinking_tokens + __popc(counting & first_rows(r + 1));
 
   unsigned present[MAX_SIGNALS];  // rows at which the signal has a value
 #pragma unroll
   for (int i = 0; i < MAX_SIGNALS; i++) {
-    bool has_value = false;
-    if (i < signals && counts && d.signals.data) {
-      const float value = activate(d.signals[row][r][i], i);
-      has_value = value < INFINITY;  // NaN is not
-      x[i][r] = value;
-    }
-    present[i] = __ballot_sync(ALL_LANES, has_value);
+    x[i][r] = activate(raw[i], i);
+    present[i] = __ballot_sync(ALL_LANES, counts && x[i][r] < INFINITY);  // NaN is not
   }
   __syncwarp();
 
   // Lane i smooths signal i, and finds the rows that it allows to be cut; a signal that is not used allows all.
-  const int64_t of_signal = row * signals + r;
-  Smoother smoother(rules.smoothing, d.window, rules.alpha[row], 0.0f, 0, s.history + of_signal * d.window,
-                    fresh[r < signals ? r : 0]);
+  Smoother smoother(rules.smoothing, d.window, alpha, smoothed, seen, s.history + of_signal * d.window,
+                    fresh[has_signal ? r : 0]);
   unsigned allowed = ALL_LANES;
-  if (r < signals) {
-    smoother.e = s.smoothed[of_signal];
-    smoother.seen = s.seen[of_signal];
+  if (has_signal) {
     const unsigned mine = r == 0 ? present[0] : r == 1 ? present[1] : present[2];
-    const float threshold = rules.thresholds[of_signal];
     unsigned passed = 0;
     if (rules.per_step) {  // what was known before this step decides; then the mean of its values is taken
       const float known = smoother.seen < smoother.needed() ? NAN : smoother.e;
@@ -114,7 +121,7 @@ __global__ void __launch_bounds__(WARP) decide_exit_kernel(const DecideExit d) {
         if (passes(smoother.e, threshold, r)) passed |= 1u << i;
       }
     }
-    if (rules.used[of_signal]) allowed = passed;
+    if (is_used) allowed = passed;
   }
   __syncwarp();  // the trace reads all of e
   for (int i = 0; i < MAX_SIGNALS; i++)
@@ -123,32 +130,23 @@ __global__ void __launch_bounds__(WARP) decide_exit_kernel(const DecideExit d) {
   // The first row that the signals or the budget allow to be cut.
   unsigned fires = signals > 0 ? __shfl_sync(ALL_LANES, allowed, 0) & boundaries : 0;
   if (rules.per_step) fires = stays ? fires & (boundaries & -boundaries) : 0;
-  if (rules.has_minimum) fires &= __ballot_sync(ALL_LANES, total >= rules.min_thinking[row]);
+  if (rules.has_minimum) fires &= __ballot_sync(ALL_LANES, total >= minimum);
   unsigned spent = 0;
-  if (rules.has_budget) {
-    const bool anywhere = rules.hard_budget[row] != 0;
-    spent = __ballot_sync(ALL_LANES, counts && (at_boundary || anywhere) && total >= rules.budget[row]);
-  }
+  if (rules.has_budget)
+    spent = __ballot_sync(ALL_LANES, counts && (at_boundary || anywhere) && total >= budget);
   const int by_signals = up_to_first(fires, none), by_budget = up_to_first(spent, none);
   const int first = min(by_signals, by_budget);
-  const bool is_cut = rules.n_force > 0 && first <= n_pending && s.n_forced[row] == 0;
+  const bool is_cut = rules.n_force > 0 && first <= n_pending && n_forced == 0;
   const int end = is_cut ? first : 0, n_output = is_cut ? first : n_pending;
-  const int forced = is_cut ? rules.force[0] : 0;
-  const bool is_first = is_cut && s.exit_reason[row] == NO_EXIT;
-  const int limit = s.limits[row];
-
-  if (r < d.columns) {
-    const int id = r < n_output ? run[r + 1] : 0;
-    s.output[row * d.columns + r] = r + 1 == end ? forced : id;
-  }
-  if (d.has_trace && r < d.columns)
+  if (in_run) s.output[row * d.columns + r] = r + 1 == end ? first_id : r < n_output ? next : 0;
+  if (d.has_trace && in_run)
     for (int i = 0; i < signals; i++) {
       const bool shown = r < n_output && (i == 0 ? present[0] : i == 1 ? present[1] : present[2]) >> r & 1;
       float* const at = s.trace + (row * d.columns + r) * 2 * signals + i;
       at[0] = shown ? x[i][r] : NAN;
       at[signals] = shown ? e[i][r] : NAN;
     }
-  if (r < signals) {
+  if (has_signal) {
     if (is_cut) smoother.restart();
     s.seen[of_signal] = smoother.seen;
     s.smoothed[of_signal] = smoother.seen < smoother.needed() ? 0.0f : smoother.e;
@@ -170,10 +168,10 @@ __global__ void __launch_bounds__(WARP) decide_exit_kernel(const DecideExit d) {
   s.thinking[row] = thinks && !is_cut;
   s.thinking_tokens[row] = thinking_tokens + __popc(counting & first_rows(n_output));
   if (!is_cut) return;
-  s.root[row] = forced;
+  s.root[row] = first_id;
   s.n_forced[row] = rules.n_force;
   s.finished[row] = rules.force_stops ? STOP : limit - (length + end) == 1 ? LENGTH : RUNNING;
-  if (is_first) {
+  if (reason == NO_EXIT) {
     s.exit_position[row] = length + end - 1;
     s.exit_reason[row] = by_budget < by_signals ? BY_BUDGET : BY_SIGNALS;
   }

@@ -1,148 +1,137 @@
 // A draw among the tokens that top-k, top-p and min-p keep, by a block: exact, without sorting the vocabulary.
 //
-// What is kept are the tokens whose key (the order of logit / temperature) reaches a threshold; at the threshold itself
-// top-p may keep those of the lowest ids only. Thresholds are found bit by bit (highest_key), each bit by a sum over the
-// tokens. Usually these are a few that a first pass over the row has listed in shared memory: all within GAP of the best,
-// or, with top-k, all that reach the k-th best tile, of which there are k at least. Where the list turns out not to hold
-// all that may be kept, or overflows, the row itself is read for every bit: slow, and as exact.
-//
-// Probabilities are added up in fixed point. Such sums do not depend on their order, so a row's token does not depend on
-// how its tokens are spread over threads.
+// Those that may be kept are usually few. They lie in tiles whose best token reaches a pivot: the k-th best tile's, which k
+// tokens reach at least, or one that is GAP below the best. Only these tiles are read, what reaches the pivot is listed in
+// shared memory, and in the list each entry is compared with each. Where the list turns out not to hold all that may be
+// kept, or overflows, the whole row is searched (searched.cuh).
 #pragma once
 
 #include "logits.cuh"
+#include "searched.cuh"
 
 namespace specexit {
 namespace {
 
-constexpr int NARROWING = 512;  // threads
-constexpr int LISTED = 2048;    // tokens that the list holds
-constexpr float GAP = 8.0f;     // of what is listed to the best: at e^-8 of its probability
+constexpr int HELD = MAX_VOCABULARY / TILE / NARROWING;  // tiles of a thread
+constexpr int LISTED = 2048;  // not measured yet, as NARROWING and GAP
+constexpr int LISTED_BY_THREAD = LISTED / NARROWING;
+constexpr float GAP = 8.0f;  // at e^-8 of the best token's probability; then, where these do not suffice, at e^-16
+constexpr int ATTEMPTS = 2;
 
-// A probability relative to the best token's, in units of 2^-44: the sum of 2^18 fits in 64 bits.
-__device__ float weight_of(float z, float best) { return expf(z - best); }
-__device__ uint64_t fixed_point(float weight) { return __float2ull_rn(weight * 0x1p44f); }
-
-// The tokens that are searched: those of the list, as entries, or those of the row. Sums are the whole block's.
-template <typename T>
-struct Tokens {
-  const T* logits;
-  int vocabulary;
-  const Draw& draw;
-  float best;  // scaled logit
-  const uint64_t* list;
-  int listed;  // -1: the row
-  Block<NARROWING>& block;
-
-  // Calls visit(entry) for every token, each in one thread.
-  template <typename Visit>
-  __device__ __forceinline__ void each(Visit visit) const {
-    if (listed >= 0) {
-      for (int i = threadIdx.x; i < listed; i += NARROWING) visit(list[i]);
-      return;
-    }
-    for (int first = threadIdx.x * EIGHT; first < vocabulary; first += NARROWING * EIGHT) {
-      float x[EIGHT];
-      read_eight(logits, first, vocabulary, x);
-#pragma unroll
-      for (int i = 0; i < EIGHT; i++)
-        if (first + i < vocabulary) visit(entry_key(order_key(draw.scaled(x[i])), first + i));
-    }
-  }
-
-  // How many lie from one entry to another.
-  __device__ __forceinline__ unsigned count(uint64_t from, uint64_t to) const {
-    unsigned found = 0;
-    each([&](uint64_t entry) { found += entry >= from && entry <= to; });
-    return block.sum(found);
-  }
-
-  // The probability of those that reach a key.
-  __device__ __forceinline__ uint64_t mass(unsigned key) const {
-    uint64_t found = 0;
-    each([&](uint64_t entry) {
-      const unsigned at = entry_value(entry);
-      if (at >= key) found += fixed_point(weight_of(from_order_key(at), best));
-    });
-    return block.sum(found);
-  }
-
-  // How much of a total is kept by top-p: a token is while those before it have less; the best one always.
-  __device__ uint64_t kept_mass(uint64_t total) const {
-    const double limit = ceil(static_cast<double>(draw.top_p) * static_cast<double>(total));
-    return limit > 1.0 ? static_cast<uint64_t>(limit) : uint64_t(1);
-  }
+struct List {
+  uint64_t entries[LISTED];
+  // In fixed point; 0 of what top-k drops. What has no weight by itself, 30 below the best, cannot be drawn either: noise
+  // lies between -2.82 and 22.88.
+  uint64_t weights[LISTED];
+  uint16_t tiles[HELD * NARROWING];
+  int n_entries, n_tiles;
 };
+
+// Lists what reaches the pivot; `n_entries` above LISTED says that there was more.
+template <typename T>
+__device__ void fill(List& list, const T* logits, int vocabulary, const Draw& draw, const uint64_t (&held)[HELD],
+                     unsigned pivot) {
+  __syncthreads();
+  if (threadIdx.x == 0) list.n_entries = list.n_tiles = 0;
+  __syncthreads();
+#pragma unroll
+  for (int i = 0; i < HELD; i++)
+    if (entry_value(held[i]) >= pivot) list.tiles[atomicAdd(&list.n_tiles, 1)] = i * NARROWING + threadIdx.x;
+  __syncthreads();
+  for (int i = threadIdx.x / WARP; i < list.n_tiles; i += NARROWING / WARP) {
+    const int first = list.tiles[i] * TILE + threadIdx.x % WARP * GROUP;
+    float x[1][GROUP];
+    read_groups(logits, first, TILE, vocabulary, x);
+#pragma unroll
+    for (int j = 0; j < GROUP; j++) {
+      const unsigned key = order_key(draw.scaled(x[0][j]));
+      if (key < pivot || first + j >= vocabulary) continue;
+      const int place = atomicAdd(&list.n_entries, 1);
+      if (place < LISTED) list.entries[place] = entry_key(key, first + j);
+    }
+  }
+  __syncthreads();
+}
+
+// The drawn entry of a list that holds all that may be kept.
+//
+// total  the row's probability, in fixed point, or 0: that of what top-k keeps
+__device__ uint64_t draw_listed(List& list, const Draw& draw, float best, uint64_t total, Block<NARROWING>& block) {
+  uint64_t mass = 0;
+  for (int i = threadIdx.x; i < list.n_entries; i += NARROWING) {
+    const unsigned key = entry_value(list.entries[i]);
+    int above = 0;
+    if (draw.top_k > 0)
+      for (int j = 0; j < list.n_entries; j++) above += entry_value(list.entries[j]) > key;
+    const bool is_kept = draw.top_k == 0 || above < draw.top_k;  // and those equal to the last
+    list.weights[i] = is_kept ? fixed_point(weight_of(from_order_key(key), best)) : 0;
+    mass += list.weights[i];
+  }
+  mass = block.sum(mass);  // whose barrier publishes the weights
+  const uint64_t limit = kept_mass(draw, total > 0 ? total : mass);
+
+  uint64_t drawn = 0;
+  for (int i = threadIdx.x; i < list.n_entries; i += NARROWING) {
+    const uint64_t entry = list.entries[i];
+    const float z = from_order_key(entry_value(entry));
+    if (list.weights[i] == 0 || weight_of(z, best) < draw.min_p) continue;
+    uint64_t before = 0;
+    if (draw.top_p < 1.0f)
+      for (int j = 0; j < list.n_entries; j++) before += list.entries[j] > entry ? list.weights[j] : 0;
+    if (before >= limit) continue;
+    const uint64_t score = score_of(entry, draw);
+    drawn = score > drawn ? score : drawn;
+  }
+  return block.max(drawn);
+}
 
 // The entry of the drawn token, called by a block of NARROWING threads.
 //
-// best   the largest scaled logit
-// tiles  the best entries of the row's tiles, [n_tiles]
+// best  the largest scaled logit
+// held  the best entries of the row's tiles: the i-th is of tile i NARROWING + threadIdx.x, and 0 past the last tile
+// mass  [n_tiles] their probabilities, each relative to its tile's best token; null unless `draw.needs_total()`
 template <typename T>
-__device__ uint64_t draw_narrowed(const T* logits, int vocabulary, const Draw& draw, float best, const uint64_t* tiles,
-                                  int n_tiles, Block<NARROWING>& block) {
-  __shared__ uint64_t list[LISTED];
-  __shared__ int listed;
+__device__ uint64_t draw_narrowed(const T* logits, int vocabulary, const Draw& draw, float best,
+                                  const uint64_t (&held)[HELD], const uint64_t* mass, int n_tiles,
+                                  Block<NARROWING>& block) {
+  __shared__ List list;
   if (best == -INFINITY) return entry_key(0, 0);  // nothing to draw
-  Tokens<T> tokens = {logits, vocabulary, draw, best, list, -1, block};
-
-  // List what reaches the pivot. The k-th best tile's key is reached by k tokens at least.
-  const unsigned highest = order_key(best), lowest = order_key(-INFINITY);
-  const unsigned k = draw.top_k;
-  unsigned pivot = order_key(best - GAP);
-  if (k > 0)
-    pivot = key_of_best(lowest, highest, k, [&](unsigned key) {
-      unsigned reaching = 0;
-      for (int i = threadIdx.x; i < n_tiles; i += NARROWING) reaching += entry_value(tiles[i]) >= key;
-      return block.sum(reaching);
-    });
-  if (threadIdx.x == 0) listed = 0;
-  __syncthreads();
-  const bool by_mass = k == 0 && draw.top_p < 1.0f;
-  uint64_t mass = 0;
-  tokens.each([&](uint64_t entry) {
-    const unsigned key = entry_value(entry);
-    if (by_mass) mass += fixed_point(weight_of(from_order_key(key), best));
-    if (key < pivot) return;
-    const int place = atomicAdd(&listed, 1);
-    if (place < LISTED) list[place] = entry;
-  });
-  if (by_mass) mass = block.sum(mass);
-  __syncthreads();
-  if (listed <= LISTED) {
-    tokens.listed = listed;
-    bool has_all = true;
-    if (by_mass) has_all = tokens.mass(pivot) >= tokens.kept_mass(mass);
-    else if (k == 0) has_all = draw.min_p >= 2.0f * expf(-GAP);
-    if (!has_all) tokens.listed = -1;
+  uint64_t total = 0;
+  if (mass) {
+#pragma unroll
+    for (int i = 0; i < HELD; i++) {
+      const int tile = i * NARROWING + threadIdx.x;
+      if (tile >= n_tiles) continue;
+      const double weight = weight_of(from_order_key(entry_value(held[i])), best);
+      total += static_cast<uint64_t>(weight * static_cast<double>(mass[tile]));
+    }
+    total = block.sum(total);
   }
-
-  unsigned least = tokens.listed >= 0 ? pivot : lowest;  // the key that a kept token reaches
-  if (k > 0)
-    least = key_of_best(least, highest, k, [&](unsigned key) { return tokens.count(value_key(key), ~uint64_t(0)); });
-  uint64_t threshold = value_key(least);  // the entry that it reaches
-  if (draw.top_p < 1.0f) {
-    const uint64_t limit = tokens.kept_mass(by_mass ? mass : tokens.mass(least));
-    least = highest_key(least, highest, limit, [&](unsigned key) { return tokens.mass(key); });
-    const uint64_t each = fixed_point(weight_of(from_order_key(least), best));
-    const uint64_t kept = (limit - tokens.mass(least + 1) + each - 1) / each;  // of the tokens at `least`
-    const uint64_t first = entry_key(least, vocabulary - 1), last = entry_key(least, 0);
-    threshold = first;
-    if (kept < tokens.count(first, last))
-      threshold = key_of_best(first, last, kept, [&](uint64_t entry) { return tokens.count(entry, last); });
+  const unsigned k = draw.top_k, highest = order_key(best);
+  const bool by_tiles = k > 0 && k <= static_cast<unsigned>(n_tiles);
+  const bool by_min_p = k == 0 && !mass;
+  // All tokens of at least min_p lie within this, whatever expf rounds.
+  float gap = by_min_p ? 0.1f - logf(draw.min_p) : GAP;
+  for (int attempt = 0; attempt < ATTEMPTS; attempt++, gap *= 2.0f) {
+    unsigned pivot = order_key(best - gap);
+    if (by_tiles)
+      pivot = key_of_best(order_key(-INFINITY), highest, k, [&](unsigned key) {
+        unsigned reaching = 0;
+#pragma unroll
+        for (int i = 0; i < HELD; i++) reaching += entry_value(held[i]) >= key;
+        return block.sum(reaching);
+      });
+    fill(list, logits, vocabulary, draw, held, pivot);
+    if (list.n_entries > LISTED) break;
+    if (by_tiles || by_min_p || (k > 0 && list.n_entries >= draw.top_k))
+      return draw_listed(list, draw, best, total, block);
+    if (k > 0) continue;
+    uint64_t listed = 0;
+    for (int i = threadIdx.x; i < list.n_entries; i += NARROWING)
+      listed += fixed_point(weight_of(from_order_key(entry_value(list.entries[i])), best));
+    if (block.sum(listed) >= kept_mass(draw, total)) return draw_listed(list, draw, best, total, block);
   }
-
-  const float least_weight = draw.min_p > 1.0f ? 1.0f : draw.min_p;
-  uint64_t drawn = 0;
-  tokens.each([&](uint64_t entry) {
-    if (entry < threshold) return;
-    const float z = from_order_key(entry_value(entry));
-    if (weight_of(z, best) < least_weight) return;
-    const unsigned token = entry_index(entry);
-    const uint64_t score = entry_key(order_key(z + draw.noise(token)), token);
-    drawn = score > drawn ? score : drawn;
-  });
-  return block.max(drawn);
+  return draw_searched(logits, vocabulary, draw, best, block);
 }
 
 }  // namespace

@@ -1,9 +1,9 @@
 // The base's choice in each row of logits, in two launches.
 //
-//   1. A warp a tile of 1,024 tokens: the tile's best token, by the logit (greedy), by logit / temperature + noise, or, in
-//      a row that top-k, top-p or min-p narrow, by logit / temperature alone. The logits are read once.
-//   2. A row's best tile is its token. A narrowed row (narrowed.cuh) is read again, out of L2, and draws among what is
-//      kept.
+//   1. A warp four tiles of 256 tokens: the best token of each, by the logit (greedy), by logit / temperature + noise, or, in a
+//      row that top-k, top-p or min-p narrow, by logit / temperature alone. The logits are read once.
+//   2. A row's best tile has its token. In a narrowed row (narrowed.cuh) the tiles that may hold what is kept are read
+//      again.
 //
 // A row's tiles and all sums over them are the same in any batch, and so is its token.
 #include "sample_targets.h"
@@ -16,58 +16,90 @@ namespace specexit {
 namespace {
 
 constexpr int WARPS = 8;  // of a block of the first launch, and of the second where no row is narrowed
-constexpr int READS = TILE / (EIGHT * WARP);
+constexpr int TILES = 4;  // of a warp, a group a lane of each
+static_assert(TILE == GROUP * WARP, "a lane reads a group of every tile");
 constexpr unsigned KEY_OF_NAN = 0xffffffffu;  // in a greedy row the largest value, whatever its sign, as to torch.argmax
 
-__device__ __host__ inline int tiles_of(int vocabulary) { return (vocabulary + TILE - 1) / TILE; }
+int tiles_of(int vocabulary) { return (vocabulary + TILE - 1) / TILE; }
 
-template <typename T>
-__global__ void __launch_bounds__(WARPS* WARP) best_of_tiles_kernel(const SampleTargets s) {
-  const int tiles = tiles_of(s.vocabulary), lane = threadIdx.x % WARP;
-  const int64_t index = static_cast<int64_t>(blockIdx.x) * WARPS + threadIdx.x / WARP;
-  const int64_t row = index / tiles;
-  if (row >= s.rows) return;
-  const int tile = index % tiles;
-  const T* const logits = static_cast<const T*>(s.logits) + row * s.stride_row;
-  const Draw draw = draw_of(s, row);
-  const bool has_noise = !draw.is_greedy && draw.keeps_all();
-
-  float x[READS][EIGHT];
+// The best entry of a tile, for the whole warp; the lane has the tokens from `first` on.
+__device__ uint64_t best_of_tile(const float (&x)[GROUP], int first) {
+  float best = -INFINITY;
+  bool has_nan = false;
 #pragma unroll
-  for (int i = 0; i < READS; i++)
-    read_eight(logits, tile * TILE + (i * WARP + lane) * EIGHT, s.vocabulary, x[i]);
-  uint64_t best = 0;
-#pragma unroll
-  for (int i = 0; i < READS; i++) {
-    const int first = tile * TILE + (i * WARP + lane) * EIGHT;
-    if (has_noise) {
-#pragma unroll
-      for (int j = 0; j < EIGHT; j += PHILOX_WORDS) {
-        const uint4 words = philox((first + j) / PHILOX_WORDS, draw.position, draw.seed);
-        x[i][j] = draw.scaled(x[i][j]) + gumbel(words.x);
-        x[i][j + 1] = draw.scaled(x[i][j + 1]) + gumbel(words.y);
-        x[i][j + 2] = draw.scaled(x[i][j + 2]) + gumbel(words.z);
-        x[i][j + 3] = draw.scaled(x[i][j + 3]) + gumbel(words.w);
-      }
-    }
-#pragma unroll
-    for (int j = 0; j < EIGHT; j++) {
-      unsigned key;
-      if (draw.is_greedy) key = isnan(x[i][j]) ? KEY_OF_NAN : order_key(x[i][j]);
-      else key = order_key(has_noise ? x[i][j] : draw.scaled(x[i][j]));
-      const uint64_t entry = entry_key(key, first + j);
-      if (first + j < s.vocabulary && entry > best) best = entry;
-    }
+  for (int j = 0; j < GROUP; j++) {
+    best = fmaxf(best, x[j]);  // passes over NaN
+    has_nan |= isnan(x[j]);
   }
-  best = warp_max(best);
-  if (lane == 0) s.best[row * tiles + tile] = best;
+  const unsigned key = has_nan ? KEY_OF_NAN : order_key(best), top = __reduce_max_sync(ALL_LANES, key);
+  unsigned token = ~0u;
+  if (key == top) {
+#pragma unroll
+    for (int j = GROUP - 1; j >= 0; j--)
+      if (has_nan ? isnan(x[j]) : x[j] == best) token = first + j;
+  }
+  return entry_key(top, __reduce_min_sync(ALL_LANES, token));
 }
 
-__global__ void __launch_bounds__(WARPS* WARP) best_of_rows_kernel(const SampleTargets s) {
-  const int tiles = tiles_of(s.vocabulary), lane = threadIdx.x % WARP;
+// The probability of a tile's tokens, relative to its best one's.
+__device__ uint64_t mass_of_tile(const float (&z)[GROUP], float best) {
+  float sum = 0.0f;
+#pragma unroll
+  for (int j = 0; j < GROUP; j++) sum += weight_of(z[j], best);
+  return warp_sum(best > -INFINITY ? fixed_point(sum) : uint64_t(0));
+}
+
+template <typename T>
+__global__ void __launch_bounds__(WARPS* WARP) best_of_tiles_kernel(const SampleTargets s, int tiles) {
+  const int lane = threadIdx.x % WARP;
+  const int64_t row = blockIdx.x;
+  const int tile = (blockIdx.y * WARPS + threadIdx.x / WARP) * TILES;
+  if (tile >= tiles) return;
+  const int first = tile * TILE + lane * GROUP;
+  float x[TILES][GROUP];
+  read_groups(static_cast<const T*>(s.logits) + row * s.stride_row, first, TILE, s.vocabulary, x);
+
+  const Draw draw = draw_of(s, row);
+  if (!draw.is_greedy) {
+#pragma unroll
+    for (int i = 0; i < TILES; i++)
+#pragma unroll
+      for (int j = 0; j < GROUP; j++) x[i][j] = draw.scaled(x[i][j]);
+    if (!draw.is_narrowed()) {
+#pragma unroll
+      for (int i = 0; i < TILES; i++)
+#pragma unroll
+        for (int j = 0; j < GROUP; j += PHILOX_WORDS) {
+          const uint4 words = philox((first + i * TILE + j) / PHILOX_WORDS, draw.position, draw.seed);
+          const unsigned of_token[PHILOX_WORDS] = {words.x, words.y, words.z, words.w};
+#pragma unroll
+          for (int w = 0; w < PHILOX_WORDS; w++) x[i][j + w] += gumbel(of_token[w]);
+        }
+    }
+  }
+
+  uint64_t best = 0, mass = 0;  // lane i keeps those of tile i
+#pragma unroll
+  for (int i = 0; i < TILES; i++) {
+    const uint64_t entry = best_of_tile(x[i], first + i * TILE);
+    if (lane == i) best = entry;
+    if (draw.needs_total()) {
+      const uint64_t sum = mass_of_tile(x[i], from_order_key(entry_value(entry)));
+      if (lane == i) mass = sum;
+    }
+  }
+  if (lane < TILES && tile + lane < tiles) {
+    s.best[row * tiles + tile + lane] = best;
+    if (draw.needs_total()) s.mass[row * tiles + tile + lane] = mass;
+  }
+}
+
+__global__ void __launch_bounds__(WARPS* WARP) best_of_rows_kernel(const SampleTargets s, int tiles) {
+  const int lane = threadIdx.x % WARP;
   const int64_t row = static_cast<int64_t>(blockIdx.x) * WARPS + threadIdx.x / WARP;
   if (row >= s.rows) return;
   uint64_t best = 0;
+#pragma unroll 4
   for (int tile = lane; tile < tiles; tile += WARP) {
     const uint64_t entry = s.best[row * tiles + tile];
     best = entry > best ? entry : best;
@@ -77,36 +109,41 @@ __global__ void __launch_bounds__(WARPS* WARP) best_of_rows_kernel(const SampleT
 }
 
 template <typename T>
-__global__ void __launch_bounds__(NARROWING, 2) narrowed_rows_kernel(const SampleTargets s) {
-  const int tiles = tiles_of(s.vocabulary);
+__global__ void __launch_bounds__(NARROWING, 1) narrowed_rows_kernel(const SampleTargets s, int tiles) {
   const int64_t row = blockIdx.x;
-  const uint64_t* const entries = s.best + row * tiles;
   const Draw draw = draw_of(s, row);
   Block<NARROWING> block;
-  uint64_t best = 0;
-  for (int tile = threadIdx.x; tile < tiles; tile += NARROWING) best = entries[tile] > best ? entries[tile] : best;
+  uint64_t held[HELD], best = 0;  // the thread's tiles
+#pragma unroll
+  for (int i = 0; i < HELD; i++) {
+    const int tile = i * NARROWING + threadIdx.x;
+    held[i] = tile < tiles ? s.best[row * tiles + tile] : 0;
+    best = held[i] > best ? held[i] : best;
+  }
   best = block.max(best);
-  if (!draw.is_greedy && !draw.keeps_all()) {
+  if (draw.is_narrowed()) {
     const T* const logits = static_cast<const T*>(s.logits) + row * s.stride_row;
-    best = draw_narrowed(logits, s.vocabulary, draw, from_order_key(entry_value(best)), entries, tiles, block);
+    const uint64_t* const mass = draw.needs_total() ? s.mass + row * tiles : nullptr;
+    best = draw_narrowed(logits, s.vocabulary, draw, from_order_key(entry_value(best)), held, mass, tiles, block);
   }
   if (threadIdx.x == 0) s.targets[row] = entry_index(best);
 }
 
 template <typename T>
 cudaError_t launch_for(const SampleTargets& s, cudaStream_t stream) {
-  const int64_t warps = static_cast<int64_t>(s.rows) * tiles_of(s.vocabulary);
-  const dim3 blocks(static_cast<unsigned>((warps + WARPS - 1) / WARPS));
-  const cudaError_t error = launch(best_of_tiles_kernel<T>, blocks, WARPS * WARP, stream, s);
+  const int tiles = tiles_of(s.vocabulary), warps = (tiles + TILES - 1) / TILES;
+  const cudaError_t error =
+      launch(best_of_tiles_kernel<T>, dim3(s.rows, (warps + WARPS - 1) / WARPS), WARPS * WARP, stream, s, tiles);
   if (error != cudaSuccess) return error;
   const bool narrows = s.temperature.data && (s.top_k.data || s.top_p.data || s.min_p.data);
-  if (narrows) return launch(narrowed_rows_kernel<T>, s.rows, NARROWING, stream, s);
-  return launch(best_of_rows_kernel, (s.rows + WARPS - 1) / WARPS, WARPS * WARP, stream, s);
+  if (narrows) return launch(narrowed_rows_kernel<T>, s.rows, NARROWING, stream, s, tiles);
+  return launch(best_of_rows_kernel, (s.rows + WARPS - 1) / WARPS, WARPS * WARP, stream, s, tiles);
 }
 
 }  // namespace
 
 cudaError_t sample_targets(const SampleTargets& arguments, cudaStream_t stream) {
+  if (arguments.vocabulary < 1 || arguments.vocabulary > MAX_VOCABULARY) return cudaErrorInvalidValue;
   switch (arguments.dtype) {
     case Float::FP32: return launch_for<float>(arguments, stream);
     case Float::FP16: return launch_for<__half>(arguments, stream);

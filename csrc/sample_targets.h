@@ -5,7 +5,8 @@
 
 namespace specexit {
 
-constexpr int TILE = 1024;  // tokens whose best one the first launch finds
+constexpr int TILE = 256;                    // tokens whose best one the first launch finds
+constexpr int MAX_VOCABULARY = 2048 * TILE;  // what the second launch holds the tiles of
 
 enum class Float : int { FP32 = 0, FP16 = 1, BF16 = 2 };
 
@@ -19,12 +20,13 @@ struct SampleTargets {
   Vector<const int32_t> top_k;      // [N]; no data: off, as the next two
   Vector<const float> top_p;        // [N]
   Vector<const float> min_p;        // [N]
-  int rows, vocabulary;             // N, V
-  uint64_t* best;    // [N, tiles], scratch
+  int rows, vocabulary;             // N, V up to MAX_VOCABULARY
+  uint64_t* best;    // [N, tiles], scratch; tiles = ceil(V / TILE)
+  uint64_t* mass;    // [N, tiles], scratch; only with top_p
   int32_t* targets;  // [N], out
 };
 
-// Two launches. `best` must hold N times ceil(V / TILE) entries.
+// Two launches.
 cudaError_t sample_targets(const SampleTargets& arguments, cudaStream_t stream);
 
 }  // namespace specexit

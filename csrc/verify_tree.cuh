@@ -43,29 +43,38 @@ __device__ uint64_t visible_word(const Matrix<const int64_t>& visible, int node,
 template <typename Target>
 __device__ Path longest_path(const Vector<const int32_t>& tokens, const Vector<const int32_t>& parent,
                              const Matrix<const int64_t>& visible, int nodes, int columns, Target target) {
+  // A node's token, parent and target are loaded for all chunks of lanes before the first ballot, across which the
+  // compiler moves no load.
+  constexpr int CHUNKS = MAX_NODES / WARP;
   const int lane = threadIdx.x % WARP;
-  uint64_t matched[MAX_WORDS] = {};
+  int token[CHUNKS], above[CHUNKS];
 #pragma unroll
-  for (int chunk = 0; chunk < MAX_NODES / WARP; chunk++) {
-    if (chunk * WARP < nodes) {
-      const int n = chunk * WARP + lane;
-      const bool matches = n == 0 || (n < nodes && tokens[n] == target(max(0, min(parent[n], n - 1))));
-      matched[chunk / 2] |= static_cast<uint64_t>(__ballot_sync(ALL_LANES, matches)) << chunk % 2 * WARP;
-    }
+  for (int chunk = 0; chunk < CHUNKS; chunk++) {
+    const int n = chunk * WARP + lane;
+    token[chunk] = n < nodes ? tokens[n] : 0;
+    above[chunk] = n < nodes ? max(0, min(parent[n], n - 1)) : 0;
   }
+  bool matches[CHUNKS];
+#pragma unroll
+  for (int chunk = 0; chunk < CHUNKS; chunk++)
+    matches[chunk] = chunk * WARP + lane < nodes && token[chunk] == target(above[chunk]);
+  uint64_t matched[MAX_WORDS] = {1};  // the root
+#pragma unroll
+  for (int chunk = 0; chunk < CHUNKS; chunk++)
+    matched[chunk / 2] |= static_cast<uint64_t>(__ballot_sync(ALL_LANES, matches[chunk])) << chunk % 2 * WARP;
 
   // Of several deepest nodes the lowest one; the root, at depth 0, if none else stands. An inert node sees nothing.
   unsigned deepest = MAX_NODES - 1;
   for (int n = lane; n < nodes; n += WARP) {
     uint64_t unmatched = 0;
-    int above = 0;
+    int depth = 0;
 #pragma unroll
     for (int w = 0; w < MAX_WORDS; w++) {
       const uint64_t seen = visible_word(visible, n, w, nodes);
       unmatched |= seen & ~matched[w];
-      above += __popcll(w == 0 ? seen & ~uint64_t(1) : seen);
+      depth += __popcll(w == 0 ? seen & ~uint64_t(1) : seen);
     }
-    if (unmatched == 0) deepest = max(deepest, unsigned(above * MAX_NODES + MAX_NODES - 1 - n));
+    if (unmatched == 0) deepest = max(deepest, unsigned(depth * MAX_NODES + MAX_NODES - 1 - n));
   }
   deepest = __reduce_max_sync(ALL_LANES, deepest);
 

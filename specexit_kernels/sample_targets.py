@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from specexit_kernels import _checks, cuda
+from specexit_kernels import _checks, cuda, native
 from specexit_kernels._op import Op
 from specexit_kernels.philox import gumbel_noise
 
@@ -106,6 +106,8 @@ _OP = Op(
 def _cuda_limit(logits: Tensor, *arguments: Any) -> str | None:
     if logits.dtype == torch.float64:
         return "logits must be float32, bfloat16 or float16, was float64"
+    if (vocabulary := logits.shape[1]) > (most := native.load().max_vocabulary):
+        return f"logits must have at most {most} columns, had {vocabulary}"
     return _checks.gpu_limit("logits", logits)
 
 

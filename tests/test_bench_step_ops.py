@@ -52,7 +52,7 @@ def once(prepared: Any) -> Any:
 
 def test_writes_a_report_with_a_time_for_each_implementation(bench, monkeypatch, tmp_path, capsys):
     path = tmp_path / "report.json"
-    assert run_script(bench, monkeypatch, "--device", "cpu", "--json", str(path)) == 0
+    assert run_script(bench, monkeypatch, "--device=cpu", "--budget=100000", f"--json={path}") == 0
     report = json.loads(path.read_text())
     assert list(report) == ["device", "dtype", "torch", "ours", "ceilings", "cells"]
     assert (report["device"], report["dtype"]) == ("cpu", "float32")
@@ -138,7 +138,7 @@ def test_a_wrong_result_has_no_time(bench, cells, peers, monkeypatch, tmp_path, 
     monkeypatch.setattr(peers, op, lambda *args, **options: wrong(right, *args, **options))
     monkeypatch.setattr(bench, "CPU", (small(cells, cell),))
     path = tmp_path / "report.json"
-    assert run_script(bench, monkeypatch, "--device", "cpu", "--json", str(path)) == 1
+    assert run_script(bench, monkeypatch, "--device=cpu", "--budget=100000", f"--json={path}") == 1
     ours, *others = json.loads(path.read_text())["cells"][0]["results"]
     assert list(ours) == ["implementation", "unavailable"]
     assert ours["unavailable"].startswith(f"wrong result: {why}")

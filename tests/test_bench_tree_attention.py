@@ -40,7 +40,7 @@ def small(bench, cells, monkeypatch):
 
 def test_writes_a_report_with_a_time_for_each_implementation(bench, small, monkeypatch, tmp_path, capsys):
     path = tmp_path / "report.json"
-    assert run_script(bench, monkeypatch, "--device", "cpu", "--json", str(path)) == 0
+    assert run_script(bench, monkeypatch, "--device=cpu", "--budget=100000", f"--json={path}") == 0
     report = json.loads(path.read_text())
     assert list(report) == ["device", "dtype", "torch", "ours", "ceilings", "cells"]
     assert (report["device"], report["dtype"], report["ours"]) == ("cpu", "float32", "sdpa")
@@ -71,7 +71,7 @@ def test_a_wrong_result_has_no_time(bench, small, monkeypatch, tmp_path, capsys,
     right = peers.tree_attention
     monkeypatch.setattr(peers, "tree_attention", lambda *args, **options: wrong(right(*args, **options)))
     path = tmp_path / "report.json"
-    assert run_script(bench, monkeypatch, "--device", "cpu", "--json", str(path)) == 1
+    assert run_script(bench, monkeypatch, "--device=cpu", "--budget=100000", f"--json={path}") == 1
     ours, twin, sdpa = json.loads(path.read_text())["cells"][0]["results"]
     assert ours == {"implementation": "sdpa", "unavailable": why}
     assert "microseconds" not in twin

@@ -13,10 +13,9 @@ from specexit_kernels.cuda.launch import stream, view
 VECTOR = 16  # bytes that a thread moves at once, if they divide all addresses, strides and heads
 
 
-class Cache(NamedTuple):
-    """A layer's keys or values; strides and sizes in bytes, or in vectors. The order is the binding's."""
+class Shape(NamedTuple):
+    """Shape and strides of a layer's keys or values, in bytes or in vectors. The order is the binding's."""
 
-    address: int
     stride_block: int  # of a row of the batch, or a page
     stride_slot: int
     stride_head: int
@@ -26,7 +25,7 @@ class Cache(NamedTuple):
     slots: int  # of a block
 
     @staticmethod
-    def of(cache: Tensor, paged: bool) -> Cache:
+    def of(cache: Tensor, paged: bool) -> Shape:
         """In bytes. An axis of one entry has no stride that counts."""
         slot, head = (1, 2) if paged else (2, 1)
         item = cache.element_size()
@@ -34,9 +33,9 @@ class Cache(NamedTuple):
             cache.stride(axis) * item if cache.shape[axis] > 1 else 0 for axis in (0, slot, head)
         )
         blocks, heads, size, slots = (cache.shape[axis] for axis in (0, head, 3, slot))
-        return Cache(cache.data_ptr(), block_stride, slot_stride, head_stride, blocks, heads, size * item, slots)
+        return Shape(block_stride, slot_stride, head_stride, blocks, heads, size * item, slots)
 
-    def in_vectors(self, vector: int) -> Cache:
+    def in_vectors(self, vector: int) -> Shape:
         """In vectors of so many bytes, which divide all."""
         return self._replace(
             stride_block=self.stride_block // vector,
@@ -55,16 +54,22 @@ def compact_kv_cuda(
     block_table: Tensor | None = None,
 ) -> None:
     """The op `compact_kv` on a GPU."""
-    caches = [Cache.of(cache, block_table is not None) for cache in (*keys, *values)]
-    vector = math.gcd(VECTOR, *(size for c in caches for size in (*c[:4], c.head)))
+    paged = block_table is not None
+    alike: dict[object, list[Tensor]] = {}  # most models have one shape in all layers
+    for cache in (*keys, *values):
+        alike.setdefault((cache.shape, cache.stride(), cache.dtype), []).append(cache)
+    groups = [(Shape.of(caches[0], paged), [cache.data_ptr() for cache in caches]) for caches in alike.values()]
+    sizes = (size for shape, addresses in groups for size in (*shape[:3], shape.head, *addresses))
+    vector = math.gcd(VECTOR, *sizes)
     with stream(path.device) as (module, queue):
         module.compact_kv(
-            [cache.in_vectors(vector) for cache in caches],
+            [(shape.in_vectors(vector), addresses) for shape, addresses in groups],
             vector,
             view(path, 2),
             view(n_accepted, 1),
             view(lengths, 1),
             view(block_table, 2),
+            paged,
             *path.shape,
             0 if block_table is None else block_table.shape[1],
             queue,

@@ -24,7 +24,9 @@ def sample_targets_cuda(
     targets = outputs(logits, positions, seeds, temperature, top_k, top_p, min_p)
     rows, vocabulary = logits.shape
     with stream(logits.device) as (module, queue):
-        best = torch.empty(rows, -(-vocabulary // module.tile), dtype=torch.int64, device=logits.device)
+        tiles = -(-vocabulary // module.tile)
+        best = torch.empty(rows, tiles, dtype=torch.int64, device=logits.device)
+        mass = None if top_p is None else torch.empty_like(best)
         module.sample_targets(
             logits.data_ptr(),
             logits.stride(0),
@@ -38,6 +40,7 @@ def sample_targets_cuda(
             rows,
             vocabulary,
             best.data_ptr(),
+            0 if mass is None else mass.data_ptr(),
             targets.data_ptr(),
             queue,
         )
