@@ -80,6 +80,8 @@ TEMPERATURE = Sampling("temperature", 0.6)
 TOP_P = Sampling("top_p", 0.6, top_p=0.95)
 QWEN3 = Sampling("top_k, top_p", 0.6, 20, 0.95)  # what Qwen3's model cards recommend for thinking
 MIN_P = Sampling("min_p", 0.6, min_p=0.05)
+TOP_K = Sampling("top_k", 1.0, 50)  # what generate() in transformers does unless it is told otherwise
+WIDE = Sampling("top_p, hot", 2.0, top_p=0.99)  # of very many tokens
 SAMPLINGS = (GREEDY, TEMPERATURE, TOP_P, QWEN3, MIN_P)
 
 
@@ -198,6 +200,7 @@ class Cell(harness.Cell):
 
 
 QWEN = Base("Qwen3-4B", 36, 8, 128, 151936)  # its config.json on the Hugging Face hub
+MISTRAL = Base("Mistral-7B", 32, 8, 128, 32000)  # few tiles of logits, for many of the best tokens
 TREE = Form(60, 10, (10,) * 5)  # the decoder's default, of depth 6: 510 candidates
 LARGE = Form(256, 32, (32, 32, 32, 31))  # 4,096 candidates
 BATCHES = (1, 8, 32, 128, 512)
@@ -232,6 +235,8 @@ ALL = (
     *(_cell(op, batch) for op in (AFTER, "accept", "decide_exit", "compact_kv", "build_tree") for batch in BATCHES),
     *(_cell("build_tree", batch, form=LARGE) for batch in (1, 8, 32)),
     *(_cell("sample_targets", batch, sampling) for sampling in SAMPLINGS for batch in BATCHES),
+    Cell("sample_targets", MISTRAL, TREE, 1, TOP_K),
+    _cell("sample_targets", 1, WIDE),
 )
 SMALL, SMALL_TREE = Base("small", 2, 2, 16, 2000), Form(16, 4, (3, 3))
 CPU = (  # small enough to try the script

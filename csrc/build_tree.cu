@@ -16,7 +16,7 @@
 namespace specexit {
 namespace {
 
-constexpr int ITEMS = 4;  // candidates of a thread, in registers
+constexpr int ITEMS = 4;  // candidates of a thread, in registers; not measured yet
 constexpr int INDEX_BITS = 12;
 static_assert(1 << INDEX_BITS == MAX_CANDIDATES, "a key holds the order of a score and an index");
 

@@ -10,8 +10,8 @@
 namespace specexit {
 namespace {
 
-constexpr int THREADS = 128;
-constexpr int HELD = 8;  // vectors that a thread has in flight
+constexpr int THREADS = 128;  // not measured yet, as HELD
+constexpr int HELD = 8;       // vectors that a thread has in flight
 
 // A row's slot as an offset in the cache; -1 where there is no such slot, which only a wrong path or length names.
 __device__ int64_t offset_of(const CompactKv& c, const CacheShape& shape, int64_t row, int slot) {

@@ -15,7 +15,7 @@
 namespace specexit {
 namespace {
 
-constexpr int WARPS = 8;  // of a block of the first launch, and of the second where no row is narrowed
+constexpr int WARPS = 8;  // of a block of the first launch, and of the second where no row is narrowed; not measured yet
 constexpr int TILES = 4;  // of a warp, a group a lane of each
 static_assert(TILE == GROUP * WARP, "a lane reads a group of every tile");
 constexpr unsigned KEY_OF_NAN = 0xffffffffu;  // in a greedy row the largest value, whatever its sign, as to torch.argmax

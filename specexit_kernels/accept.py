@@ -106,7 +106,7 @@ def _cuda_limit(tokens: Tensor, *arguments: Any) -> str | None:
     return (
         cuda.tree_limit("tree.tokens", tokens.shape[1])
         or cuda.dense_limit("state", DecodeState, state)
-        or _checks.gpu_limit("tree.tokens", tokens)
+        or cuda.device_limit("tree.tokens", tokens)
     )
 
 

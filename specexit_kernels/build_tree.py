@@ -87,7 +87,7 @@ def _cuda_limit(
     most, count = native.load().max_candidates, tokens.shape[1]
     if count > most:
         return f"tokens must have at most {most} columns, had {count}"
-    return cuda.tree_limit("nodes", nodes) or _checks.gpu_limit("root", root)
+    return cuda.tree_limit("nodes", nodes) or cuda.device_limit("root", root)
 
 
 cuda.register(_OP, _cuda_limit)

@@ -67,7 +67,7 @@ _OP = Op(
 
 
 def _cuda_limit(keys: Sequence[Tensor], values: Sequence[Tensor], path: Tensor, *arguments: Any) -> str | None:
-    return _checks.gpu_limit("path", path)
+    return cuda.device_limit("path", path)
 
 
 cuda.register(_OP, _cuda_limit)

@@ -218,7 +218,7 @@ def _cuda_limit(signals: Tensor, rules: list[Tensor], *arguments: Any) -> str | 
     return (
         cuda.dense_limit("rules", ExitRules, rules)
         or cuda.dense_limit("state", DecodeState, state)
-        or _checks.gpu_limit("signals", signals)
+        or cuda.device_limit("signals", signals)
     )
 
 

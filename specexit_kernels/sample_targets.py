@@ -108,7 +108,7 @@ def _cuda_limit(logits: Tensor, *arguments: Any) -> str | None:
         return "logits must be float32, bfloat16 or float16, was float64"
     if (vocabulary := logits.shape[1]) > (most := native.load().max_vocabulary):
         return f"logits must have at most {most} columns, had {vocabulary}"
-    return _checks.gpu_limit("logits", logits)
+    return cuda.device_limit("logits", logits)
 
 
 cuda.register(_OP, _cuda_limit)

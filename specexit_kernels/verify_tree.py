@@ -56,7 +56,7 @@ _OP = Op(
 
 
 def _cuda_limit(tokens: Tensor, *arguments: Any) -> str | None:
-    return cuda.tree_limit("tokens", tokens.shape[1]) or _checks.gpu_limit("tokens", tokens)
+    return cuda.tree_limit("tokens", tokens.shape[1]) or cuda.device_limit("tokens", tokens)
 
 
 cuda.register(_OP, _cuda_limit)

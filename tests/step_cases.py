@@ -261,7 +261,7 @@ LOGITS = ("normal", "flat", "ties", "equal", "sparse", "holes", "certain", "clos
 
 def sample_targets_case(s: Source, vocab: int | None = None) -> Arguments:
     """Every kind of row in one batch, and every value of a parameter that has a meaning of its own."""
-    vocab = vocab or s.size(1, 70, (1, 7, 500, 1023, 1024, 1025, 2047, 2050, 3001, 5000), percent=50)
+    vocab = vocab or s.size(1, 70, (1, 7, 255, 256, 257, 500, 1023, 1025, 2047, 2050, 3001, 5000), percent=50)
     count = s.pick(*range(1, 9), 0) if vocab < 9000 else s.number(1, 3)
     args: Arguments = {
         "logits": torch.stack([logits_row(s, s.pick(*LOGITS), vocab) for _ in range(count)] or [torch.ones(vocab)]),

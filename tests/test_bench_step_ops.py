@@ -289,7 +289,7 @@ def test_bytes_of_a_cell(bench, cells):
     assert after_32.floor(2, 4.3e12, 790e12)[1] == "memory"
     assert {cell.flops for cell in bench.ALL} == {0}
     assert set(bench.SUBSET) <= set(bench.ALL)
-    assert len(bench.ALL) == len(set(bench.ALL)) == 5 * 5 + 3 + 5 * 5
+    assert len(bench.ALL) == len(set(bench.ALL)) == 5 * 5 + 3 + 5 * 5 + 2
     assert {cell.batch for cell in bench.ALL} == {1, 8, 32, 128, 512}
 
 

@@ -118,7 +118,9 @@ def test_many_candidates(rng: Generator, count: int) -> None:
 
 
 @needs_kernels
-@pytest.mark.parametrize("vocab", [1, 2, 31, 33, 1023, 1024, 1025, 2047, 2048, 2049, 4096, 4097, 8191, 32_001])
+@pytest.mark.parametrize(
+    "vocab", [1, 2, 31, 33, 255, 256, 257, 1023, 1024, 1025, 2047, 2048, 2049, 4096, 4097, 8191, 32_001]
+)
 def test_vocabularies_at_the_edge_of_a_tile(rng: Generator, vocab: int) -> None:
     check("sample_targets", sample_targets_case(Source(rng), vocab), DEVICE)
 
@@ -138,8 +140,45 @@ def test_a_very_unlikely_token_is_drawn(rng: Generator, top_p: float | None, min
 
 
 @needs_kernels
+@pytest.mark.parametrize(("top_k", "top_p", "min_p"), [(0, 0.99999, 0), (3, 1, 0), (3, 0.99999, 0), (0, 1, 1e-5)])
+def test_an_unlikely_token_that_is_kept_is_drawn(rng: Generator, top_k: int, top_p: float, min_p: float) -> None:
+    """Ten below the best: beyond what is listed at first."""
+    logits = torch.tensor([[0.0, -100.0, -100.0, -10.0, -100.0]])
+    wins = torch.zeros(0, dtype=torch.int64)
+    while len(wins) == 0:  # some 1 in 20,000
+        seeds = torch.randint(-(2**63), 2**63 - 1, (100_000,), generator=rng)
+        scores = logits + gumbel_noise(seeds, torch.zeros(100_000, dtype=torch.int32), 5)
+        wins = seeds[scores[:, 3] > scores[:, 0] + 1e-3][:1]
+    args: Arguments = {"logits": logits, "positions": ids(0), "seeds": wins, "temperature": torch.ones(1)}
+    args |= {"top_k": ids(top_k), "top_p": torch.tensor([float(top_p)]), "min_p": torch.tensor([float(min_p)])}
+    assert kernel_of("sample_targets")(**copied(args, DEVICE)).item() == 3
+    check("sample_targets", args, DEVICE)
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+    ("vocab", "top_k", "kept"), [(2, 0, 1), (8, 0, 1), (8, 0, 3), (2, 9, 1), (4096, 0, 1), (4096, 0, 2)]
+)
+def test_of_equal_tokens_top_p_keeps_the_first(rng: Generator, vocab: int, top_k: int, kept: int) -> None:
+    """As many as it says, where sums and products are exact: one more would be drawn in some of the rows."""
+    count = 60 if vocab < 100 else 20
+    seeds = torch.randint(-(2**63), 2**63 - 1, (count,), generator=rng)
+    rows = {"temperature": torch.ones(count), "top_p": torch.full((count,), kept / vocab)}
+    args: Arguments = {
+        "logits": torch.full((count, vocab), 2.5),
+        "positions": ids(*range(count)),
+        "seeds": seeds,
+        **rows,
+    }
+    args["top_k"] = torch.full((count,), top_k, dtype=torch.int32)
+    drawn = kernel_of("sample_targets")(**copied(args, DEVICE))
+    assert drawn.max().item() < kept
+    check("sample_targets", args, DEVICE)
+
+
+@needs_kernels
 @pytest.mark.slow
-@pytest.mark.parametrize("vocab", [128_256, 151_936, 262_144, 1_000_003])
+@pytest.mark.parametrize("vocab", [128_256, 151_936, 262_144, 524_288])
 def test_large_vocabularies(rng: Generator, vocab: int) -> None:
     for _ in range(3):
         check("sample_targets", sample_targets_case(Source(rng), vocab), DEVICE)
@@ -176,6 +215,16 @@ def test_a_value_at_its_threshold_does_not_pass(kind: Smoothing, window: int, pe
     assert passed.any(0).tolist() == [False, False, False, True]
 
 
+@needs_kernels
+@pytest.mark.parametrize("widths", [[4] * 200, list(range(1, 11)), [*range(1, 8), *[9] * 200]])
+def test_layers_beyond_those_of_one_launch(rng: Generator, widths: list[int]) -> None:
+    """More tensors, or more shapes, than a launch's arguments hold."""
+    keys, values = ([torch.randn(2, 1, 6, width, generator=rng) for width in widths] for _ in range(2))
+    path = torch.tensor([[0, 2, 3], [0, 1, 3]], dtype=torch.int32)
+    case = {"keys": keys, "values": values, "path": path, "n_accepted": ids(3, 3), "lengths": ids(5, 4)}
+    check("compact_kv", case, DEVICE)
+
+
 # What the kernels do not take
 
 
@@ -207,7 +256,8 @@ TOO_MUCH: dict[tuple[str, str], Callable[[Source], Arguments]] = {
     ("verify_tree", "tokens"): lambda s: verify_tree_case(s, 257),
     ("accept", "tree.tokens"): lambda s: accept_case(s, 257),
     ("accept", "state.*forced"): lambda s: with_gaps(sample(s, "accept"), "state", "forced"),
-    ("sample_targets", "logits"): float64_logits,
+    ("sample_targets", "logits must be"): float64_logits,
+    ("sample_targets", "logits must have at most 524288 columns"): lambda s: sample_targets_case(s, 524_289),
     ("decide_exit", "signals"): deep,
     ("decide_exit", "state.*run"): lambda s: with_gaps(sample(s, "decide_exit"), "state", "run"),
     ("decide_exit", "rules.*thresholds"): lambda s: with_gaps(sample(s, "decide_exit"), "rules", "thresholds"),

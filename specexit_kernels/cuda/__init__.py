@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import fields
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from specexit_kernels import native
+from specexit_kernels import _checks, native
 from specexit_kernels._op import Op
 
 
@@ -28,4 +30,24 @@ def dense_limit(name: str, struct: type[Any], tensors: list[Tensor]) -> str | No
     for field, tensor in zip(fields(struct), tensors, strict=False):
         if not tensor.is_contiguous():
             return f"{name}.{field.name} must be contiguous, had strides {list(tensor.stride())}"
+    return None
+
+
+def device_limit(name: str, tensor: Tensor) -> str | None:
+    """Why no kernel runs where this tensor is; None where they do."""
+    if reason := _checks.gpu_limit(name, tensor):
+        return reason
+    if tensor.is_cuda and (reason := _no_code(tensor.device)):
+        return f"{name} is on {tensor.device}, for which the native module has no code ({reason})"
+    return None
+
+
+@functools.cache
+def _no_code(device: torch.device) -> str | None:
+    """Why the module, which may have been built for few architectures, cannot run on a GPU; None where it can."""
+    try:
+        with torch.cuda.device(device):
+            native.load().selected_architecture()
+    except RuntimeError as error:
+        return str(error)
     return None
