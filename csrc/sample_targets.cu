@@ -1,7 +1,8 @@
 // The base's choice in each row of logits, in two launches.
 //
-//   1. A warp four tiles of 256 tokens: the best token of each, by the logit (greedy), by logit / temperature + noise, or, in a
-//      row that top-k, top-p or min-p narrow, by logit / temperature alone. The logits are read once.
+//   1. A warp four tiles of 256 tokens: the best token of each, by the logit (greedy) or, in a row that top-k, top-p or min-p
+//      narrow, by logit / temperature; or the best one of the four by logit / temperature + noise. The logits are read
+//      once.
 //   2. A row's best tile has its token. In a narrowed row (narrowed.cuh) the tiles that may hold what is kept are read
 //      again.
 //
@@ -41,6 +42,39 @@ __device__ uint64_t best_of_tile(const float (&x)[GROUP], int first) {
   return entry_key(top, __reduce_min_sync(ALL_LANES, token));
 }
 
+// The best entry of a warp's tiles by scaled logit + noise; the lane has the tokens from `first` on in every tile. Noise is
+// computed for the few tokens only that can win with the most that their words allow.
+template <typename T>
+__device__ uint64_t best_with_noise(const T* logits, int vocabulary, const Draw& draw, const float (&z)[TILES][GROUP],
+                                    int first) {
+  float largest = -INFINITY;
+#pragma unroll
+  for (int i = 0; i < TILES; i++)
+#pragma unroll
+    for (int j = 0; j < GROUP; j++) largest = fmaxf(largest, z[i][j]);
+  const float reached = from_order_key(__reduce_max_sync(ALL_LANES, order_key(largest))) + LEAST_NOISE;
+
+  unsigned able = 0;  // bit n: token n % GROUP of tile n / GROUP
+#pragma unroll
+  for (int i = 0; i < TILES; i++)
+#pragma unroll
+    for (int j = 0; j < GROUP; j += PHILOX_WORDS) {
+      const uint4 words = philox((first + i * TILE + j) / PHILOX_WORDS, draw.position, draw.seed);
+      const unsigned of_token[PHILOX_WORDS] = {words.x, words.y, words.z, words.w};
+#pragma unroll
+      for (int w = 0; w < PHILOX_WORDS; w++)
+        able |= unsigned(z[i][j + w] + most_gumbel(of_token[w]) >= reached) << (i * GROUP + j + w);
+    }
+  uint64_t best = 0;
+  for (; able; able &= able - 1) {  // the logit is read again: registers have no index
+    const int n = __ffs(able) - 1, token = first + n / GROUP * TILE + n % GROUP;
+    if (token >= vocabulary) continue;  // where all are -inf
+    const uint64_t entry = entry_key(order_key(draw.scaled(to_float(logits[token])) + draw.noise(token)), token);
+    best = entry > best ? entry : best;
+  }
+  return warp_max(best);
+}
+
 // The probability of a tile's tokens, relative to its best one's.
 __device__ uint64_t mass_of_tile(const float (&z)[GROUP], float best) {
   float sum = 0.0f;
@@ -56,8 +90,9 @@ __global__ void __launch_bounds__(WARPS* WARP) best_of_tiles_kernel(const Sample
   const int tile = (blockIdx.y * WARPS + threadIdx.x / WARP) * TILES;
   if (tile >= tiles) return;
   const int first = tile * TILE + lane * GROUP;
+  const T* const logits = static_cast<const T*>(s.logits) + row * s.stride_row;
   float x[TILES][GROUP];
-  read_groups(static_cast<const T*>(s.logits) + row * s.stride_row, first, TILE, s.vocabulary, x);
+  read_groups(logits, first, TILE, s.vocabulary, x);
 
   const Draw draw = draw_of(s, row);
   if (!draw.is_greedy) {
@@ -65,20 +100,13 @@ __global__ void __launch_bounds__(WARPS* WARP) best_of_tiles_kernel(const Sample
     for (int i = 0; i < TILES; i++)
 #pragma unroll
       for (int j = 0; j < GROUP; j++) x[i][j] = draw.scaled(x[i][j]);
-    if (!draw.is_narrowed()) {
-#pragma unroll
-      for (int i = 0; i < TILES; i++)
-#pragma unroll
-        for (int j = 0; j < GROUP; j += PHILOX_WORDS) {
-          const uint4 words = philox((first + i * TILE + j) / PHILOX_WORDS, draw.position, draw.seed);
-          const unsigned of_token[PHILOX_WORDS] = {words.x, words.y, words.z, words.w};
-#pragma unroll
-          for (int w = 0; w < PHILOX_WORDS; w++) x[i][j + w] += gumbel(of_token[w]);
-        }
-    }
   }
-
   uint64_t best = 0, mass = 0;  // lane i keeps those of tile i
+  if (!draw.is_greedy && !draw.is_narrowed()) {
+    best = best_with_noise(logits, s.vocabulary, draw, x, first);
+    if (lane < TILES && tile + lane < tiles) s.best[row * tiles + tile + lane] = lane == 0 ? best : 0;
+    return;
+  }
 #pragma unroll
   for (int i = 0; i < TILES; i++) {
     const uint64_t entry = best_of_tile(x[i], first + i * TILE);
