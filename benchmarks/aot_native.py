@@ -55,11 +55,12 @@ class Usage:
 
 def kernel_name(symbol: str) -> str:
     """`build_tree_kernel<256>` of its symbol; other kernels keep theirs."""
-    match = re.search(r".*\d([a-z_]+_kernel)(?:I(?:Li(\d+)E|(\w+?))EEv)?", symbol)
+    match = re.search(r".*\d([a-z_]+_kernel)(?:I(?:Li(\d+)E|(\w+?))(?:Lb([01])E)?EEv)?", symbol)
     if match is None:
         return symbol
     argument = match[2] or (FLOATS | VECTORS).get(match[3] or "", match[3])
-    return f"{match[1]}<{argument}>" if argument else match[1]
+    arguments = ", ".join(filter(None, (argument, match[4] and ("false", "true")[int(match[4])])))
+    return f"{match[1]}<{arguments}>" if arguments else match[1]
 
 
 def usages(module: Path, cuobjdump: Path) -> list[Usage]:

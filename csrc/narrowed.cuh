@@ -1,7 +1,7 @@
 // A draw among the tokens that top-k, top-p and min-p keep, by a block: exact, without sorting the vocabulary.
 //
 // Those that may be kept are usually few. They lie in tiles whose best token reaches a pivot: the k-th best tile's, which k
-// tokens reach at least, or one that is GAP below the best. Only these tiles are read, what reaches the pivot is listed in
+// tokens reach at least; or what min_p asks for, where it is alone; or one that is GAP below the best. Only these tiles are read, what reaches the pivot is listed in
 // shared memory, and in the list each entry is compared with each. Where the list turns out not to hold all that may be
 // kept, or overflows, the whole row is searched (searched.cuh).
 #pragma once
@@ -20,8 +20,8 @@ constexpr int ATTEMPTS = 2;
 
 struct List {
   uint64_t entries[LISTED];
-  // In fixed point; 0 of what top-k drops. What has no weight by itself, 30 below the best, cannot be drawn either: noise
-  // lies between -2.82 and 22.88.
+  // In fixed point; 0 of what top-k drops. What has no weight by itself, 31 below the best, cannot be drawn either: noise
+  // lies between -2.82 and 22.88, and where the float of logit / temperature keeps that, below 2^28, it cannot make up for it.
   uint64_t weights[LISTED];
   uint16_t tiles[HELD * NARROWING];
   int n_entries, n_tiles;
@@ -110,7 +110,7 @@ __device__ uint64_t draw_narrowed(const T* logits, int vocabulary, const Draw& d
   const unsigned k = draw.top_k, highest = order_key(best);
   const bool by_tiles = k > 0 && k <= static_cast<unsigned>(n_tiles);
   const bool by_min_p = k == 0 && !mass;
-  // All tokens of at least min_p lie within this, whatever expf rounds.
+  // All tokens of at least min_p lie within this, whatever expf rounds; but for those of a denormal one, never drawn.
   float gap = by_min_p ? 0.1f - logf(draw.min_p) : GAP;
   for (int attempt = 0; attempt < ATTEMPTS; attempt++, gap *= 2.0f) {
     unsigned pivot = order_key(best - gap);

@@ -34,8 +34,6 @@ __device__ float gumbel(unsigned word) {
   return -logf(-log1pf(-u));
 }
 
-constexpr float LEAST_NOISE = -2.82f;  // of u = 1 - 2^-24
-
 // At least the noise, for a fraction of its cost: -log1p(-u) >= u, and u >= 2^-(n + 1) where n bits lead the word as zeros.
 __device__ float most_gumbel(unsigned word) { return 0.6932f * static_cast<float>(__clz(word) + 1); }  // ln 2, and a bit
 

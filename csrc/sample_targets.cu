@@ -1,8 +1,8 @@
 // The base's choice in each row of logits, in two launches.
 //
 //   1. A warp four tiles of 256 tokens: the best token of each, by the logit (greedy) or, in a row that top-k, top-p or min-p
-//      narrow, by logit / temperature; or the best one of the four by logit / temperature + noise. The logits are read
-//      once.
+//      narrow, by logit / temperature; or the best one of the four by logit / temperature + noise. The logits are read from
+//      memory once.
 //   2. A row's best tile has its token. In a narrowed row (narrowed.cuh) the tiles that may hold what is kept are read
 //      again.
 //
@@ -37,24 +37,24 @@ __device__ uint64_t best_of_tile(const float (&x)[GROUP], int first) {
   if (key == top) {
 #pragma unroll
     for (int j = GROUP - 1; j >= 0; j--)
-      if (has_nan ? isnan(x[j]) : x[j] == best) token = first + j;
+      if (x[j] == best) token = first + j;
+    if (has_nan) {
+#pragma unroll
+      for (int j = GROUP - 1; j >= 0; j--)
+        if (isnan(x[j])) token = first + j;
+    }
   }
   return entry_key(top, __reduce_min_sync(ALL_LANES, token));
 }
 
-// The best entry of a warp's tiles by scaled logit + noise; the lane has the tokens from `first` on in every tile. Noise is
-// computed for the few tokens only that can win with the most that their words allow.
+// The best entry of a warp's tiles by scaled logit + noise; the lane has the tokens from `first` on in every tile. All that
+// their words allow is added to the logits first. Of each lane's best by that the noise is computed, and then that of the
+// few tokens that could still do better. Their logits are read again, as registers have no index.
 template <typename T>
-__device__ uint64_t best_with_noise(const T* logits, int vocabulary, const Draw& draw, const float (&z)[TILES][GROUP],
+__device__ uint64_t best_with_noise(const T* logits, int vocabulary, const Draw& draw, float (&z)[TILES][GROUP],
                                     int first) {
-  float largest = -INFINITY;
-#pragma unroll
-  for (int i = 0; i < TILES; i++)
-#pragma unroll
-    for (int j = 0; j < GROUP; j++) largest = fmaxf(largest, z[i][j]);
-  const float reached = from_order_key(__reduce_max_sync(ALL_LANES, order_key(largest))) + LEAST_NOISE;
-
-  unsigned able = 0;  // bit n: token n % GROUP of tile n / GROUP
+  float most = -INFINITY;
+  int most_at = 0;  // n of the n % GROUP-th token in tile n / GROUP
 #pragma unroll
   for (int i = 0; i < TILES; i++)
 #pragma unroll
@@ -62,14 +62,26 @@ __device__ uint64_t best_with_noise(const T* logits, int vocabulary, const Draw&
       const uint4 words = philox((first + i * TILE + j) / PHILOX_WORDS, draw.position, draw.seed);
       const unsigned of_token[PHILOX_WORDS] = {words.x, words.y, words.z, words.w};
 #pragma unroll
-      for (int w = 0; w < PHILOX_WORDS; w++)
-        able |= unsigned(z[i][j + w] + most_gumbel(of_token[w]) >= reached) << (i * GROUP + j + w);
+      for (int w = 0; w < PHILOX_WORDS; w++) {
+        z[i][j + w] += most_gumbel(of_token[w]);
+        if (z[i][j + w] > most) most = z[i][j + w], most_at = i * GROUP + j + w;
+      }
     }
-  uint64_t best = 0;
-  for (; able; able &= able - 1) {  // the logit is read again: registers have no index
-    const int n = __ffs(able) - 1, token = first + n / GROUP * TILE + n % GROUP;
-    if (token >= vocabulary) continue;  // where all are -inf
-    const uint64_t entry = entry_key(order_key(draw.scaled(to_float(logits[token])) + draw.noise(token)), token);
+  const auto entry_of = [&](int n) {
+    const int token = first + n / GROUP * TILE + n % GROUP;
+    if (token >= vocabulary) return uint64_t(0);
+    return entry_key(order_key(draw.scaled(to_float(logits[token])) + draw.noise(token)), token);
+  };
+  uint64_t best = entry_of(most_at);
+  const float reached = from_order_key(__reduce_max_sync(ALL_LANES, entry_value(best)));
+
+  unsigned able = 0;  // bit n
+#pragma unroll
+  for (int i = 0; i < TILES; i++)
+#pragma unroll
+    for (int j = 0; j < GROUP; j++) able |= unsigned(z[i][j] >= reached) << (i * GROUP + j);
+  for (able &= ~(1u << most_at); able; able &= able - 1) {
+    const uint64_t entry = entry_of(__ffs(able) - 1);
     best = entry > best ? entry : best;
   }
   return warp_max(best);
@@ -83,29 +95,33 @@ __device__ uint64_t mass_of_tile(const float (&z)[GROUP], float best) {
   return warp_sum(best > -INFINITY ? fixed_point(sum) : uint64_t(0));
 }
 
-template <typename T>
-__global__ void __launch_bounds__(WARPS* WARP) best_of_tiles_kernel(const SampleTargets s, int tiles) {
+// DRAWS: some row may not be greedy. Noise takes registers, of which reading alone needs few.
+template <typename T, bool DRAWS>
+__global__ void __launch_bounds__(WARPS* WARP, DRAWS ? 2 : 4) best_of_tiles_kernel(const SampleTargets s, int tiles) {
   const int lane = threadIdx.x % WARP;
   const int64_t row = blockIdx.x;
   const int tile = (blockIdx.y * WARPS + threadIdx.x / WARP) * TILES;
   if (tile >= tiles) return;
   const int first = tile * TILE + lane * GROUP;
   const T* const logits = static_cast<const T*>(s.logits) + row * s.stride_row;
+  Draw draw = {};
+  draw.is_greedy = true;
+  if constexpr (DRAWS) draw = draw_of(s, row);
   float x[TILES][GROUP];
   read_groups(logits, first, TILE, s.vocabulary, x);
-
-  const Draw draw = draw_of(s, row);
-  if (!draw.is_greedy) {
-#pragma unroll
-    for (int i = 0; i < TILES; i++)
-#pragma unroll
-      for (int j = 0; j < GROUP; j++) x[i][j] = draw.scaled(x[i][j]);
-  }
   uint64_t best = 0, mass = 0;  // lane i keeps those of tile i
-  if (!draw.is_greedy && !draw.is_narrowed()) {
-    best = best_with_noise(logits, s.vocabulary, draw, x, first);
-    if (lane < TILES && tile + lane < tiles) s.best[row * tiles + tile + lane] = lane == 0 ? best : 0;
-    return;
+  if constexpr (DRAWS) {
+    if (!draw.is_greedy) {
+#pragma unroll
+      for (int i = 0; i < TILES; i++)
+#pragma unroll
+        for (int j = 0; j < GROUP; j++) x[i][j] = draw.scaled(x[i][j]);
+    }
+    if (!draw.is_greedy && !draw.is_narrowed()) {
+      best = best_with_noise(logits, s.vocabulary, draw, x, first);
+      if (lane < TILES && tile + lane < tiles) s.best[row * tiles + tile + lane] = lane == 0 ? best : 0;
+      return;
+    }
   }
 #pragma unroll
   for (int i = 0; i < TILES; i++) {
@@ -160,8 +176,9 @@ __global__ void __launch_bounds__(NARROWING, 1) narrowed_rows_kernel(const Sampl
 template <typename T>
 cudaError_t launch_for(const SampleTargets& s, cudaStream_t stream) {
   const int tiles = tiles_of(s.vocabulary), warps = (tiles + TILES - 1) / TILES;
-  const cudaError_t error =
-      launch(best_of_tiles_kernel<T>, dim3(s.rows, (warps + WARPS - 1) / WARPS), WARPS * WARP, stream, s, tiles);
+  const dim3 blocks(s.rows, (warps + WARPS - 1) / WARPS);
+  const auto best_of_tiles = s.temperature.data ? best_of_tiles_kernel<T, true> : best_of_tiles_kernel<T, false>;
+  const cudaError_t error = launch(best_of_tiles, blocks, WARPS * WARP, stream, s, tiles);
   if (error != cudaSuccess) return error;
   const bool narrows = s.temperature.data && (s.top_k.data || s.top_p.data || s.min_p.data);
   if (narrows) return launch(narrowed_rows_kernel<T>, s.rows, NARROWING, stream, s, tiles);

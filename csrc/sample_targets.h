@@ -21,7 +21,7 @@ struct SampleTargets {
   Vector<const float> top_p;        // [N]
   Vector<const float> min_p;        // [N]
   int rows, vocabulary;             // N, V up to MAX_VOCABULARY
-  uint64_t* best;    // [N, tiles], scratch; tiles = ceil(V / TILE)
+  uint64_t* best;    // [N, tiles], scratch; tiles = ceil(V / TILE); 0 where the entry of a tile before it is better
   uint64_t* mass;    // [N, tiles], scratch; only with top_p
   int32_t* targets;  // [N], out
 };

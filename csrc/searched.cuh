@@ -10,7 +10,7 @@
 namespace specexit {
 namespace {
 
-constexpr int NARROWING = 512;  // threads of a block that draws in a narrowed row
+constexpr int NARROWING = 256;  // threads of a block that draws in a narrowed row
 
 // How much of a total is kept by top-p: a token is while those before it have less; the best one always.
 __device__ uint64_t kept_mass(const Draw& draw, uint64_t total) {

@@ -50,7 +50,7 @@ class Native(Protocol):
     max_candidates: int  # C of build_tree
     max_columns: int  # D + 1 of decide_exit
     max_vocabulary: int  # V of sample_targets
-    tile: int  # tokens of a row of logits that sample_targets keeps one entry of
+    tile: int  # tokens of a row of logits for which sample_targets has one entry of scratch
     build_tree: Launch
     sample_targets: Launch
     verify_tree: Launch

@@ -81,14 +81,37 @@ COMMON = (
 KERNEL = ("-ftrivial-auto-var-init=pattern", f"-I{EMULATION / 'include'}", "-include", "cuda_runtime.h", "-x", "c++")
 
 
+@functools.cache
 def absent() -> str | None:
-    """Why kernels cannot be built here; None where they can."""
+    """Why kernels cannot be built and run here in every variant; None where they can."""
     if shutil.which("g++") is None:
         return "there is no g++"
+    if shutil.which("objcopy") is None:
+        return "there is no objcopy"
     if importlib.util.find_spec("pybind11") is None:
         return "pybind11 is not installed"
     if not (Path(sysconfig.get_path("include")) / "Python.h").exists():
         return "the headers of Python (Python.h) are not installed"
+    return next(filter(None, map(_failure, VARIANTS)), None)
+
+
+def _failure(variant: str) -> str | None:
+    """Why an empty program of a variant does not build or run here: not GCC, or GCC before 12; no sanitizer, or one that
+    this system's addresses are too random for. None where it runs."""
+    key = hashlib.sha256("\0".join((_compiler(), *COMMON, *KERNEL, *VARIANTS[variant].flags)).encode()).hexdigest()[:20]
+    mark = BUILD / "works" / f"{variant}-{key}"
+    if mark.exists():
+        return None
+    with tempfile.TemporaryDirectory() as folder:
+        source, program = Path(folder) / "empty.cpp", Path(folder) / "empty"
+        source.write_text("int main() {}\n")
+        flags = [*COMMON, *VARIANTS[variant].flags, "-ftrivial-auto-var-init=pattern"]
+        for command in (["g++", *flags, str(source), "-o", str(program)], [str(program)]):
+            done = subprocess.run(command, capture_output=True, text=True, env=_without_preload())
+            if done.returncode:
+                return f"{variant}: {(done.stderr.strip() or f'exit status {done.returncode}').splitlines()[0]}"
+    mark.parent.mkdir(parents=True, exist_ok=True)
+    mark.touch()
     return None
 
 

@@ -53,6 +53,10 @@ def test_says_what_is_wrong():
             "_ZN8specexit50_GLOBAL__N__0_17_sample_targets_cu_720narrowed_rows_kernelI13__nv_bfloat16EEvNS_13SampleTargetsE",
             "narrowed_rows_kernel<bf16>",
         ),
+        (
+            "_ZN8specexit50_GLOBAL__N__0_17_sample_targets_cu_720best_of_tiles_kernelIfLb1EEEvNS_13SampleTargetsEi",
+            "best_of_tiles_kernel<fp32, true>",
+        ),
     ],
 )
 def test_names_kernels(symbol, name):

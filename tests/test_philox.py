@@ -90,17 +90,15 @@ def test_noise_is_finite_and_fine_at_both_ends() -> None:
     assert noise[-1] == noise[-2]  # fp32 has no number between 1 - 2**-24 and 1
 
 
-def test_bounds_of_the_noise(rng: torch.Generator) -> None:
-    """Those of csrc/philox.cuh, by which the kernel leaves noise out that cannot win."""
+def test_the_bound_of_the_noise(rng: torch.Generator) -> None:
+    """The one of csrc/philox.cuh, by which the kernel leaves noise out that cannot win."""
     source = (Path(__file__).parent.parent / "csrc" / "philox.cuh").read_text()
     assert "0.6932f * static_cast<float>(__clz(word) + 1)" in source
-    assert "LEAST_NOISE = -2.82f" in source
     words = torch.cat([torch.randint(0, WORD >> shift, (4000,), generator=rng) for shift in range(32)])
     words = torch.cat([words, 2 ** torch.arange(32), 2 ** torch.arange(33) - 1])
     leading_zeros = 32 - torch.tensor([word.bit_length() for word in words.tolist()])
     noise = gumbel(words)
     assert (noise <= 0.6932 * (leading_zeros + 1)).all()
-    assert noise.min() > -2.82
 
 
 def test_the_noise_of_a_token_does_not_depend_on_the_rest(rng: torch.Generator) -> None:

@@ -1,6 +1,6 @@
 """The comparison of kernels with their twins, tried on the twins: it compares nearly every row, and misses no error.
 
-Seeds are fixed: what is true of these cases does not change.
+Seeds are fixed, so that they are the same in every run of one release of torch.
 """
 
 from __future__ import annotations

@@ -49,5 +49,7 @@ def _no_code(device: torch.device) -> str | None:
         with torch.cuda.device(device):
             native.load().selected_architecture()
     except RuntimeError as error:
+        if "no kernel image" not in str(error):
+            raise
         return str(error)
     return None
