@@ -96,7 +96,7 @@ def absent() -> str | None:
 
 
 def _failure(variant: str) -> str | None:
-    """Why an empty program of a variant does not build or run here: not GCC, or GCC before 12; no sanitizer, or one that
+    """Why an empty program of a variant does not build or run: not GCC, or GCC before 12; no sanitizer, or one that
     this system's addresses are too random for. None where it runs."""
     key = hashlib.sha256("\0".join((_compiler(), *COMMON, *KERNEL, *VARIANTS[variant].flags)).encode()).hexdigest()[:20]
     mark = BUILD / "works" / f"{variant}-{key}"
