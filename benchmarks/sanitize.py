@@ -19,17 +19,16 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that the script can be run by its path
+
+from benchmarks import gpu
+
 TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
 TESTS = ("-P", "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/gpu/test_step_ops_cuda.py", "-k", "sanitizer")
 FOUND = 9  # exit status of a tool that has found something; pytest has none above 5
 REFUSED = "Device not supported"
-ENVIRONMENT = {
-    **os.environ,
-    "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), str(ROOT / "python"), os.environ.get("PYTHONPATH")))),
-    "PYTORCH_NO_CUDA_MEMORY_CACHING": "1",  # so that each tensor is an allocation that the tools can tell apart
-    "OMP_NUM_THREADS": "2",
-}
+# Without the cache each tensor is an allocation, which the tools can tell apart.
+ENVIRONMENT = {**gpu.ENVIRONMENT, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
 
 
 def executable() -> str | None:
@@ -42,7 +41,7 @@ def run(path: str, tool: str) -> subprocess.CompletedProcess[str]:
     """The reduced set under one tool; all output is in `stdout`."""
     command = [path, "--tool", tool, "--error-exitcode", str(FOUND), sys.executable, *TESTS]
     return subprocess.run(
-        command, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
+        command, cwd=gpu.ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
     )
 
 

@@ -100,23 +100,20 @@ def _device(problem: Problem) -> str:
     return (problem.arguments[0] if isinstance(problem, Build) else problem.copies[0]).device.type
 
 
-def _arguments(problem: Problem, op: str) -> tuple[Any, ...]:
-    """Of the op's schema."""
+def _arguments(problem: Problem, op: str, copy: int = 0) -> tuple[Any, ...]:
+    """Those of the op's schema, of one of the copies."""
     if isinstance(problem, Build):
         return problem.arguments
     if isinstance(problem, Sample):
-        return problem.copies[0], *problem.arguments
-    state = problem.states[0].tensors()
+        return problem.copies[copy], *problem.arguments
+    state = problem.states[copy].tensors()
     if op == "accept":
         return *problem.tree, problem.targets, problem.stop_ids, state
     if op == "compact_kv":
-        return problem.keys, problem.values, *problem.paths, problem.lengths[0], None
-    return problem.signals, problem.rules.tensors(), *_static(problem), state
-
-
-def _static(problem: Step) -> tuple[Any, ...]:
+        return problem.keys, problem.values, *problem.paths, problem.lengths[copy], None
     r = problem.rules
-    return int(r.smoothing), r.per_step, r.has_minimum, r.has_budget, r.force_stops
+    static = int(r.smoothing), r.per_step, r.has_minimum, r.has_budget, r.force_stops
+    return problem.signals, r.tensors(), *static, state
 
 
 def twin(problem: Problem) -> Prepared:
@@ -143,15 +140,8 @@ def compiled(problem: Problem) -> Prepared:
     function = build(functions[problem.cell.op])
 
     def call(copy: int) -> Any:
-        state = problem.states[copy].tensors()
-        arguments = {
-            "accept": (*problem.tree, problem.targets, problem.stop_ids, state),
-            "compact_kv": (problem.keys, problem.values, *problem.paths, problem.lengths[copy]),
-            "decide_exit": (problem.signals, problem.rules.tensors(), *_static(problem), state),
-        }
-        if problem.cell.op == AFTER:
-            return function(arguments["accept"], problem.keys, problem.values, arguments["decide_exit"])
-        return function(*arguments[problem.cell.op])
+        arguments = [_arguments(problem, op, copy) for op in _parts(problem)]
+        return function(*arguments) if problem.cell.op == AFTER else function(*arguments[0])
 
     def finish(found: Any) -> Result:
         results: Result = {}
@@ -164,9 +154,10 @@ def compiled(problem: Problem) -> Prepared:
     return Prepared(problem.rotated(call), finish)
 
 
-def after(accepting: tuple[Any, ...], keys: list[Tensor], values: list[Tensor], deciding: tuple[Any, ...]) -> Any:
-    """The three twins in the order of a step; the arguments of the first and the last are their schemas'."""
+def after(accepting: tuple[Any, ...], compacting: tuple[Any, ...], deciding: tuple[Any, ...]) -> Any:
+    """The three twins in the order of a step; arguments as in their schemas, but for what one leaves for the next."""
     path, n_accepted, next_token = accept_ref(*accepting)
+    keys, values, *_ = compacting
     compact_kv_ref(keys, values, path, n_accepted, DecodeState.of(accepting[-1]).lengths)
     return path, n_accepted, next_token, decide_exit_ref(*deciding)
 

@@ -1,7 +1,8 @@
 // The exit decision, a warp a sequence: lane r has row r of the run, lane s smooths signal s. What rows know of each other
 // (markers, counts of thinking tokens, the first row that may be cut) goes by ballots.
 //
-// All of the state that is read is read before the first __syncwarp after the decision; then it is written.
+// What all lanes read of the state is written after the last __syncwarp. A signal's part is one lane's alone, and of the
+// tail a chunk is read before it is written.
 #include "decide_exit.h"
 
 #include "launch.h"
@@ -124,11 +125,9 @@ __global__ void __launch_bounds__(WARP) decide_exit_kernel(const DecideExit d) {
     if (is_used) allowed = passed;
   }
   __syncwarp();  // the trace reads all of e
-  for (int i = 0; i < MAX_SIGNALS; i++)
-    if (i < signals) allowed &= __shfl_sync(ALL_LANES, allowed, i);
 
   // The first row that the signals or the budget allow to be cut.
-  unsigned fires = signals > 0 ? __shfl_sync(ALL_LANES, allowed, 0) & boundaries : 0;
+  unsigned fires = __reduce_and_sync(ALL_LANES, allowed) & (signals > 0 ? boundaries : 0);
   if (rules.per_step) fires = stays ? fires & (boundaries & -boundaries) : 0;
   if (rules.has_minimum) fires &= __ballot_sync(ALL_LANES, total >= minimum);
   unsigned spent = 0;
@@ -139,20 +138,23 @@ __global__ void __launch_bounds__(WARP) decide_exit_kernel(const DecideExit d) {
   const bool is_cut = rules.n_force > 0 && first <= n_pending && n_forced == 0;
   const int end = is_cut ? first : 0, n_output = is_cut ? first : n_pending;
   if (in_run) s.output[row * d.columns + r] = r + 1 == end ? first_id : r < n_output ? next : 0;
-  if (d.has_trace && in_run)
-    for (int i = 0; i < signals; i++) {
-      const bool shown = r < n_output && (i == 0 ? present[0] : i == 1 ? present[1] : present[2]) >> r & 1;
+  if (d.has_trace && in_run) {
+#pragma unroll
+    for (int i = 0; i < MAX_SIGNALS; i++) {
+      if (i >= signals) break;
+      const bool shown = r < n_output && present[i] >> r & 1;
       float* const at = s.trace + (row * d.columns + r) * 2 * signals + i;
       at[0] = shown ? x[i][r] : NAN;
       at[signals] = shown ? e[i][r] : NAN;
     }
+  }
   if (has_signal) {
     if (is_cut) smoother.restart();
     s.seen[of_signal] = smoother.seen;
     s.smoothed[of_signal] = smoother.seen < smoother.needed() ? 0.0f : smoother.e;
     smoother.write_history(s.history + of_signal * d.window);
   }
-  for (int at = 0; at < d.tail; at += WARP) {  // a chunk is read before it is written, and what it writes is not read again
+  for (int at = 0; at < d.tail; at += WARP) {  // what a chunk writes is not read again
     const int i = at + r, from = i + n_output;
     int id = -1;
     if (i < d.tail && !is_cut) id = from < d.tail ? tail[from] : run[from - d.tail];

@@ -1,9 +1,9 @@
 // A draw among the tokens that top-k, top-p and min-p keep, by a block: exact, without sorting the vocabulary.
 //
 // Those that may be kept are usually few. They lie in tiles whose best token reaches a pivot: the k-th best tile's, which k
-// tokens reach at least; or what min_p asks for, where it is alone; or one that is GAP below the best. Only these tiles are read, what reaches the pivot is listed in
-// shared memory, and in the list each entry is compared with each. Where the list turns out not to hold all that may be
-// kept, or overflows, the whole row is searched (searched.cuh).
+// tokens reach at least; or what min_p asks for, where it is alone; or one that is GAP below the best. Only these tiles
+// are read, what reaches the pivot is listed in shared memory, and in the list each entry is compared with each. Where the
+// list turns out not to hold all that may be kept, or overflows, the whole row is searched (searched.cuh).
 #pragma once
 
 #include "logits.cuh"
@@ -14,14 +14,13 @@ namespace {
 
 constexpr int HELD = MAX_VOCABULARY / TILE / NARROWING;  // tiles of a thread
 constexpr int LISTED = 2048;  // not measured yet, as NARROWING and GAP
-constexpr int LISTED_BY_THREAD = LISTED / NARROWING;
 constexpr float GAP = 8.0f;  // at e^-8 of the best token's probability; then, where these do not suffice, at e^-16
 constexpr int ATTEMPTS = 2;
 
 struct List {
   uint64_t entries[LISTED];
   // In fixed point; 0 of what top-k drops. What has no weight by itself, 31 below the best, cannot be drawn either: noise
-  // lies between -2.82 and 22.88, and where the float of logit / temperature keeps that, below 2^28, it cannot make up for it.
+  // lies between -2.82 and 22.88, which the float of logit / temperature keeps apart below 2^28.
   uint64_t weights[LISTED];
   uint16_t tiles[HELD * NARROWING];
   int n_entries, n_tiles;

@@ -52,17 +52,12 @@ __device__ uint64_t warp_max(uint64_t value) {
 template <int THREADS>
 class Block {
  public:
-  __device__ unsigned sum(unsigned value) {
+  // Of unsigned or uint64_t.
+  template <typename T>
+  __device__ T sum(T value) {
     uint64_t* const part = gather(warp_sum(value));
-    unsigned total = 0;
-    for (int warp = 0; warp < WARPS; warp++) total += static_cast<unsigned>(part[warp]);
-    return total;
-  }
-
-  __device__ uint64_t sum(uint64_t value) {
-    uint64_t* const part = gather(warp_sum(value));
-    uint64_t total = 0;
-    for (int warp = 0; warp < WARPS; warp++) total += part[warp];
+    T total = 0;
+    for (int warp = 0; warp < WARPS; warp++) total += static_cast<T>(part[warp]);
     return total;
   }
 

@@ -104,20 +104,16 @@ __global__ void __launch_bounds__(WARPS* WARP, DRAWS ? 2 : 4) best_of_tiles_kern
   if (tile >= tiles) return;
   const int first = tile * TILE + lane * GROUP;
   const T* const logits = static_cast<const T*>(s.logits) + row * s.stride_row;
-  Draw draw = {};
-  draw.is_greedy = true;
-  if constexpr (DRAWS) draw = draw_of(s, row);
+  const Draw draw = DRAWS ? draw_of(s, row) : Draw{true};
   float x[TILES][GROUP];
   read_groups(logits, first, TILE, s.vocabulary, x);
   uint64_t best = 0, mass = 0;  // lane i keeps those of tile i
-  if constexpr (DRAWS) {
-    if (!draw.is_greedy) {
+  if (!draw.is_greedy) {
 #pragma unroll
-      for (int i = 0; i < TILES; i++)
+    for (int i = 0; i < TILES; i++)
 #pragma unroll
-        for (int j = 0; j < GROUP; j++) x[i][j] = draw.scaled(x[i][j]);
-    }
-    if (!draw.is_greedy && !draw.is_narrowed()) {
+      for (int j = 0; j < GROUP; j++) x[i][j] = draw.scaled(x[i][j]);
+    if (!draw.is_narrowed()) {
       best = best_with_noise(logits, s.vocabulary, draw, x, first);
       if (lane < TILES && tile + lane < tiles) s.best[row * tiles + tile + lane] = lane == 0 ? best : 0;
       return;

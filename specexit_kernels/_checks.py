@@ -80,3 +80,8 @@ def gpu_limit(name: str, value: Tensor) -> str | None:
     if value.is_cuda and (torch.version.hip or torch.cuda.get_device_capability(value.device) < (8, 0)):
         return f"{name} must be on an NVIDIA GPU of compute capability 8.0 or above, was on {value.device}"
     return None
+
+
+def double_limit(name: str, value: Tensor) -> str | None:
+    """Why no kernel takes a tensor in float64, which is for the twins; None of another dtype."""
+    return f"{name} must be float32, bfloat16 or float16, was float64" if value.dtype == torch.float64 else None

@@ -104,11 +104,9 @@ _OP = Op(
 
 
 def _cuda_limit(logits: Tensor, *arguments: Any) -> str | None:
-    if logits.dtype == torch.float64:
-        return "logits must be float32, bfloat16 or float16, was float64"
     if (vocabulary := logits.shape[1]) > (most := native.load().max_vocabulary):
         return f"logits must have at most {most} columns, had {vocabulary}"
-    return cuda.device_limit("logits", logits)
+    return _checks.double_limit("logits", logits) or cuda.device_limit("logits", logits)
 
 
 cuda.register(_OP, _cuda_limit)

@@ -27,9 +27,10 @@ def tree_limit(name: str, nodes: int) -> str | None:
 
 def dense_limit(name: str, struct: type[Any], tensors: list[Tensor]) -> str | None:
     """Why no kernel takes these tensors, the first fields of a struct; None where they do."""
-    for field, tensor in zip(fields(struct), tensors, strict=False):
+    for index, tensor in enumerate(tensors):
         if not tensor.is_contiguous():
-            return f"{name}.{field.name} must be contiguous, had strides {list(tensor.stride())}"
+            field = fields(struct)[index].name
+            return f"{name}.{field} must be contiguous, had strides {list(tensor.stride())}"
     return None
 
 

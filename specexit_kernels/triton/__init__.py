@@ -27,6 +27,4 @@ def tensor_limit(name: str, tensor: torch.Tensor) -> str | None:
     """Why no Triton kernel takes this argument of floats, whose last axis is read in blocks; None where they do."""
     if tensor.shape[-1] == 0:
         return f"{name} must have entries, was {list(tensor.shape)}"
-    if tensor.dtype == torch.float64:
-        return f"{name} must be float32, bfloat16 or float16, was float64"
-    return _checks.gpu_limit(name, tensor)
+    return _checks.double_limit(name, tensor) or _checks.gpu_limit(name, tensor)
