@@ -12,7 +12,7 @@ graph has captured cannot be replaced by mistake. To change a value, write into 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from enum import IntEnum
 from typing import NamedTuple
 
@@ -22,6 +22,7 @@ from torch import Tensor
 from specexit_kernels import _checks
 
 SIGNALS = ("confidence", "progress", "remaining")  # the columns of every tensor of signals; S of them are the first S
+RULES_OF_A_ROW = ("thresholds", "used", "alpha", "min_thinking", "budget", "hard_budget")  # the rest all rows share
 NO_BUDGET = 2**31 - 1  # thinking tokens that no row reaches
 
 
@@ -134,6 +135,10 @@ class DecodeState:
         """S."""
         return self.smoothed.shape[1]
 
+    def rows(self, first: int, count: int) -> DecodeState:
+        """The rows [first, first + count), in the same memory."""
+        return DecodeState.of([tensor[first : first + count] for tensor in self.tensors()])
+
     def tensors(self) -> list[Tensor]:
         """The fields in order: how the ops take the state."""
         return [getattr(self, name) for name in _STATE]
@@ -243,6 +248,15 @@ class ExitRules:
     def tail(self) -> int:
         """M: how many tokens before the root the markers can reach back to."""
         return max(self.start.numel(), self.end.numel(), 1) - 1
+
+    def rows(self, first: int, count: int) -> ExitRules:
+        """The rules of the rows [first, first + count), in the same memory."""
+        return replace(self, **{name: getattr(self, name)[first : first + count] for name in RULES_OF_A_ROW})
+
+    def repeated(self, batch: int) -> ExitRules:
+        """The rules of one row for `batch` rows, in memory of their own."""
+        rows = {name: getattr(self, name) for name in RULES_OF_A_ROW}
+        return replace(self, **{name: row.repeat(batch, *[1] * (row.dim() - 1)) for name, row in rows.items()})
 
     def tensors(self) -> list[Tensor]:
         """The tensor fields in order: how the op takes the rules."""

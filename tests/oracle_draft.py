@@ -1,11 +1,12 @@
 """A draft that knows the text and is right some of the time: acceptance without training, for any base.
 
-It implements the decoder's draft protocol and nothing of EAGLE, so it also shows that the decoder needs no more. It
-loops on the host, which a real draft must not.
+It implements the decoder's draft protocols (both: it knows its batch beforehand) and nothing of EAGLE, so it also shows
+that the decoder needs no more. It loops on the host, which a real draft must not.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 import torch
@@ -48,10 +49,21 @@ class OracleDraft:
 
     def allocate(
         self, batch: int, capacity: int, tree: TreeConfig, device: torch.device | str, dtype: torch.dtype
-    ) -> None:
+    ) -> OracleDraft:
         assert batch == len(self.texts)
         self.tree = tree
         self.read_rows = [{} for _ in range(batch)]
+        return self
+
+    nbytes = 0
+
+    def rows(self, first: int, count: int) -> OracleDraft:
+        part = copy.copy(self)
+        part.texts = self.texts[first : first + count]
+        part.read_rows = self.read_rows[first : first + count]
+        for row in part.read_rows:
+            row.clear()
+        return part
 
     def grow(self, capacity: int) -> None:
         pass

@@ -347,8 +347,8 @@ def test_loaded_draft_is_ready(tmp_path, rng):
     draft = load(folder)
     assert not draft.training
     assert not any(parameter.requires_grad for parameter in draft.parameters())
-    draft.allocate(1, 8, TreeConfig.chain(2), "cpu", torch.float32)
+    batch = draft.allocate(1, 8, TreeConfig.chain(2), "cpu", torch.float32)
     one = torch.ones(1, dtype=torch.int32)
-    signals = draft.observe(torch.randn(1, 4, 48, generator=rng), torch.zeros(1, 4, dtype=torch.int32), one * 0, one)
+    signals = batch.observe(torch.randn(1, 4, 48, generator=rng), torch.zeros(1, 4, dtype=torch.int32), one * 0, one)
     assert signals.shape == (1, 4, 3)
-    assert draft.propose(one, one * 2).tokens.shape == (1, 2)
+    assert batch.propose(one, one * 2).tokens.shape == (1, 2)

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from specexit.bundled import bundled_pair, load_problems
 from specexit.config import TreeConfig
 from specexit.drafts import Eagle3Draft, load_draft
+from specexit.drafts.eagle3_batch import Eagle3Batch
 from specexit.drafts.rope import RopeTable
 from specexit_kernels.state import SIGNALS
 
@@ -46,6 +47,7 @@ class Case:
     reference: Reference
     features: Tensor  # [B, n, 3 Ht]
     tokens: Tensor  # [B, n + 1] int32
+    batch: Eagle3Batch | None = None  # the draft at work on them
 
     def rows(self, b: int, count: int) -> list[Row]:
         """The reference's rows 0 to count - 1 of text b."""
@@ -70,14 +72,14 @@ def ints(*values: int) -> Tensor:
 
 
 def allocate(case: Case, tree: TreeConfig, batch: int | None = None) -> None:
-    case.draft.allocate(batch or len(case.tokens), CAPACITY, tree, "cpu", torch.float64)
+    case.batch = case.draft.allocate(batch or len(case.tokens), CAPACITY, tree, "cpu", torch.float64)
 
 
 def read(case: Case, start: list[int], count: int) -> None:
     """Rows start[b] to start[b] + count - 1 of every text."""
     features = torch.stack([case.features[b, s : s + count] for b, s in enumerate(start)])
     tokens = torch.stack([case.tokens[b, s + 1 : s + 1 + count] for b, s in enumerate(start)])
-    case.draft.read(features, tokens, ints(*start))
+    case.batch.read(features, tokens, ints(*start))
 
 
 def observe(case: Case, start: list[int], last: list[int], tree: TreeConfig, junk: float = float("nan")) -> Tensor:
@@ -88,7 +90,7 @@ def observe(case: Case, start: list[int], last: list[int], tree: TreeConfig, jun
     for b, (s, n) in enumerate(zip(start, last, strict=True)):
         features[b, : n + 1] = case.features[b, s : s + n + 1]
         tokens[b, : n + 1] = case.tokens[b, s + 1 : s + n + 2]
-    return case.draft.observe(features, tokens, ints(*start), ints(*last))
+    return case.batch.observe(features, tokens, ints(*start), ints(*last))
 
 
 def check_signals(case: Case, signals: Tensor, start: list[int], last: list[int]) -> None:
@@ -110,7 +112,7 @@ def assert_signals(actual: Tensor, expected: Tensor) -> None:
 
 def check_candidates(case: Case, lengths: list[int], tree: TreeConfig) -> None:
     root = case.tokens[torch.arange(len(lengths)), torch.tensor(lengths)]
-    candidates = case.draft.propose(root, ints(*lengths))
+    candidates = case.batch.propose(root, ints(*lengths))
     assert [x.dtype for x in candidates] == [torch.int32, torch.float32, torch.int32]
     assert candidates.tokens.shape == (len(lengths), tree.candidates)
     for b, n in enumerate(lengths):
@@ -173,7 +175,7 @@ def test_read_leaves_what_observe_leaves(tmp_path, rng):
         if reader == "read":
             read(case, [0, 0, 0], 9)
         else:
-            case.draft.observe(case.features[:, :9], case.tokens[:, 1:10], ints(0, 0, 0), ints(8, 8, 8))
+            case.batch.observe(case.features[:, :9], case.tokens[:, 1:10], ints(0, 0, 0), ints(8, 8, 8))
         signals.append(observe(case, [9, 9, 9], [1, 1, 1], tree)[:, :2])
     assert_signals(signals[0], signals[1])
 
@@ -184,7 +186,7 @@ def test_long_prompt_in_one_piece(tmp_path, rng):
     case.features = torch.randn(1, n + 1, case.features.shape[-1], generator=rng, dtype=torch.float64)
     case.tokens = torch.randint(40, (1, n + 2), generator=rng, dtype=torch.int32)
     tree = TreeConfig.chain(1)
-    case.draft.allocate(1, n + 1, tree, "cpu", torch.float64)
+    case.batch = case.draft.allocate(1, n + 1, tree, "cpu", torch.float64)
     read(case, [0], n)
     signals = observe(case, [n], [0], tree)
     rows = case.rows(0, n + 1)
@@ -218,7 +220,7 @@ def test_without_speculation_only_signals(source, tmp_path, rng):
     read(case, [0, 0, 0], 6)
     start, last = [5, 3, 6], [1, 1, 0]
     check_signals(case, observe(case, start, last, tree), start, last)
-    candidates = case.draft.propose(ints(1, 2, 3), ints(7, 5, 7))
+    candidates = case.batch.propose(ints(1, 2, 3), ints(7, 5, 7))
     assert [x.shape for x in candidates] == [(3, 0)] * 3
     assert [x.dtype for x in candidates] == [torch.int32, torch.float32, torch.int32]
 
@@ -278,9 +280,9 @@ def test_calibration_is_what_the_config_says(tmp_path, rng):
 def test_grow_keeps_what_was_read(tmp_path, rng):
     case = make_case(tmp_path, rng)
     tree = TreeConfig(nodes=12, depth=3, top_k=2)
-    case.draft.allocate(3, 6, tree, "cpu", torch.float64)
+    case.batch = case.draft.allocate(3, 6, tree, "cpu", torch.float64)
     read(case, [0, 0, 0], 5)
-    case.draft.grow(20)
+    case.batch.grow(20)
     read(case, [5, 5, 5], 15)
     start, last = [20, 19, 18], [1, 2, 4]
     check_signals(case, observe(case, start, last, tree), start, last)
@@ -291,7 +293,7 @@ def test_slots_suffice_for_the_longest_row(tmp_path, rng):
     """A row at its capacity: neither the chain nor the levels may reach past the cache."""
     for tree in (TreeConfig.chain(5), TreeConfig(nodes=40, depth=4, top_k=3), TreeConfig.none()):
         case = make_case(tmp_path, rng, batch=1)
-        case.draft.allocate(1, 8, tree, "cpu", torch.float64)
+        case.batch = case.draft.allocate(1, 8, tree, "cpu", torch.float64)
         read(case, [0], 7)
         check_signals(case, observe(case, [7], [0], tree), [7], [0])
         check_candidates(case, [8], tree)
@@ -307,9 +309,9 @@ def test_bundled_draft_matches_the_reference(source, dtype, rng):
     tree = TreeConfig(nodes=30, depth=3, top_k=4)
     features = torch.randn(1, 12, 384, generator=rng).to(dtype)
     tokens = torch.randint(62, (1, 13), generator=rng, dtype=torch.int32)
-    draft.allocate(1, 32, tree, "cpu", dtype)
-    draft.read(features[:, :8], tokens[:, 1:9], ints(0))
-    signals = draft.observe(features[:, 8:12], tokens[:, 9:13], ints(8), ints(3))
+    batch = draft.allocate(1, 32, tree, "cpu", dtype)
+    batch.read(features[:, :8], tokens[:, 1:9], ints(0))
+    signals = batch.observe(features[:, 8:12], tokens[:, 9:13], ints(8), ints(3))
 
     reference = Reference(pair.draft, table)
     rows = reference.read(features[0], tokens[0, 1:].tolist())
@@ -321,7 +323,7 @@ def test_bundled_draft_matches_the_reference(source, dtype, rng):
     error = (signals[0] - expected).abs().max() / expected.abs().max()
     assert error < {torch.float32: 1e-5, torch.bfloat16: 5e-2}[dtype]
     if dtype == torch.float32:
-        candidates = draft.propose(tokens[:, 12], ints(12))
+        candidates = batch.propose(tokens[:, 12], ints(12))
         reference.check_candidates(rows, *(x[0].tolist() for x in candidates), k=4, depth=3)
 
 
@@ -346,9 +348,9 @@ def test_a_step_never_waits_for_the_device(tree, source, tmp_path, rng):
     features, tokens = case.features[:, :R].contiguous(), case.tokens[:, 1 : R + 1].contiguous()
     start, last, root, lengths = ints(0, 3, 1), ints(0, 1, 0), ints(1, 2, 3), ints(1, 5, 2)
     with NoSync():
-        case.draft.read(features, tokens, start)
-        case.draft.observe(features, tokens, start, last)
-        case.draft.propose(root, lengths)
+        case.batch.read(features, tokens, start)
+        case.batch.observe(features, tokens, start, last)
+        case.batch.propose(root, lengths)
 
 
 def test_steps_in_inference_mode_and_with_gradients_on(tmp_path, rng):
@@ -407,11 +409,9 @@ def test_allocate_checks_what_it_is_given(tmp_path, rng):
 
 def test_calls_out_of_order_are_refused(tmp_path, rng):
     case = make_case(tmp_path, rng)
-    with pytest.raises(RuntimeError, match="call allocate first"):
-        read(case, [0, 0, 0], 2)
     allocate(case, TreeConfig.chain(2))
     with pytest.raises(RuntimeError, match="propose needs an observe before it"):
-        case.draft.propose(ints(1, 2, 3), ints(2, 2, 2))
+        case.batch.propose(ints(1, 2, 3), ints(2, 2, 2))
 
 
 def test_bundled_draft_predicts_its_base():
@@ -431,12 +431,12 @@ def test_bundled_draft_predicts_its_base():
     first = prompt["input_ids"].shape[1] - 1
     start = torch.arange(first, text.shape[1] - 2, dtype=torch.int32)
     B, at = len(start), start.long()
-    draft.allocate(B, text.shape[1], TreeConfig.chain(1), "cpu", torch.float32)
+    batch = draft.allocate(B, text.shape[1], TreeConfig.chain(1), "cpu", torch.float32)
     tokens = text.int().expand(B, -1)
-    draft.read(features[:, :-1].expand(B, -1, -1), tokens[:, 1:], start * 0)
+    batch.read(features[:, :-1].expand(B, -1, -1), tokens[:, 1:], start * 0)
     root = text[0, at + 1].int()
-    draft.observe(features[0, at].unsqueeze(1), root.unsqueeze(1), start, start * 0)
-    guesses = draft.propose(root, start + 1).tokens[:, 0]
+    batch.observe(features[0, at].unsqueeze(1), root.unsqueeze(1), start, start * 0)
+    guesses = batch.propose(root, start + 1).tokens[:, 0]
     assert (guesses == text[0, at + 2]).float().mean() > 0.85  # 0.95 over the whole test split
 
 

@@ -24,7 +24,7 @@ from transformers import (
     TextIteratorStreamer,
 )
 
-from specexit import ExitConfig, SpecExitDecoder, TreeConfig, loop
+from specexit import ExitConfig, SpecExitDecoder, TreeConfig, engine, pool
 from specexit.bundled import bundled_pair
 
 NEW = 16
@@ -180,7 +180,8 @@ def test_a_stopped_row_does_not_write_into_its_neighbour(
     model: PreTrainedModel, rng: torch.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The row that a criterion stops inside a path is the longest, and its path reaches the cache's last slot."""
-    monkeypatch.setattr(loop, "BUCKET", 8)
+    for module in (engine, pool):
+        monkeypatch.setattr(module, "slot_bucket", lambda device: 8)
     rows = prompts(rng, [9, 4])
     ids, mask = pad(rows, "left")
     new = greedy(model, rows)

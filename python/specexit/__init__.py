@@ -11,9 +11,10 @@ if TYPE_CHECKING:
     from specexit.decoder import SpecExitDecoder
     from specexit.drafts import Draft, Eagle3Draft, load_draft, save_draft
     from specexit.exit import ExitConfig
-    from specexit.output import GenerateOutput, RowStats, SignalTrace
+    from specexit.output import Completion, GenerateOutput, RowStats, SignalTrace
 
 _HOMES = {
+    "Completion": "specexit.output",
     "Draft": "specexit.drafts",
     "Eagle3Draft": "specexit.drafts",
     "ExitConfig": "specexit.exit",
@@ -29,6 +30,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "Completion",
     "Draft",
     "Eagle3Draft",
     "ExitConfig",

@@ -20,7 +20,8 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from specexit import attention
 from specexit.attention import TreeContext, chain_context
-from specexit.cache import SlotCache
+from specexit.cache import LayerForm, SlotCache
+from specexit.capture import Waits
 from specexit_kernels import bits
 
 
@@ -45,6 +46,8 @@ class BaseModel:
                     f"feature_layers must be layers of the base (0 to {count - 1}), was {self.feature_layers}"
                 )
         self._features: dict[int, Tensor] = {}  # by layer, of the last forward
+        self._forms: list[LayerForm | None] = [None] * count  # of the layers' caches, as `probe` finds them
+        self.waits: list[str] = []  # operations of its forward that wait for the device, as `probe` finds them
         self._check = True  # what the model gives the attention, in the first forward of an `attached` block
         self._can_leave_logits_out = "logits_to_keep" in inspect.signature(model.forward).parameters
 
@@ -76,8 +79,13 @@ class BaseModel:
         ]
         return min(sizes, default=None)
 
+    @property
+    def slot_bytes(self) -> int:
+        """Bytes that a position takes in the cache; 0 before `probe` has seen what the layers keep."""
+        return sum(form.nbytes for form in self._forms if form is not None)
+
     def new_cache(self, lengths: Tensor, slots: int) -> SlotCache:
-        return SlotCache(len(self.layers), lengths, slots)
+        return SlotCache(self._forms, lengths, slots)
 
     @contextmanager
     def attached(self) -> Iterator[None]:
@@ -255,12 +263,16 @@ def probe(base: BaseModel) -> None:
             lengths += 8
             positions = lengths.unsqueeze(1) + depth
             context = TreeContext(lengths, positions, bits.pack(mask).unsqueeze(0), span=2)
-            tree = base.forward(nodes, context, cache)[0][0, branch]
+            with Waits(device.type) as watch:
+                logits, _ = base.forward(nodes, context, cache)
+            tree = logits[0, branch]
     except torch.OutOfMemoryError:
         raise
     except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as failure:
         raise ValueError(f"{type(model).__name__} is not supported: it fails over a token tree: {failure}") from failure
     check_windows(base, first.windows)
+    base._forms = cache.forms()
+    base.waits = watch.found
     error = ((tree - linear).abs().max() / linear.abs().max()).item()
     if not error <= PROBE_TOLERANCE[linear.dtype]:
         raise ValueError(

@@ -6,15 +6,29 @@ device tensor that the host never reads. Rows have their own lengths, so prompts
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 
+class LayerForm(NamedTuple):
+    """What a layer keeps of a position."""
+
+    heads: int
+    key_size: int
+    value_size: int
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return self.heads * (self.key_size + self.value_size) * self.dtype.itemsize
+
+
 class SlotLayer(CacheLayerMixin):
-    """Keys and values of one layer, [B, Hkv, slots, hd]; allocated by the first forward, which knows the heads."""
+    """Keys and values of one layer, [B, Hkv, slots, hd]."""
 
     is_compileable = True
     is_sliding = False  # all layers are full length; a window is applied by position, in the kernel
@@ -24,30 +38,45 @@ class SlotLayer(CacheLayerMixin):
         self.cache = cache
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        batch, heads = key_states.shape[:2]
-        self.dtype, self.device = key_states.dtype, key_states.device
-        self.keys = key_states.new_zeros(batch, heads, self.cache.slots, key_states.shape[-1])
-        self.values = value_states.new_zeros(batch, heads, self.cache.slots, value_states.shape[-1])
+        """As the first forward shows it, where it was not known before."""
+        sizes = key_states.shape[-1], value_states.shape[-1]
+        self.allocate(LayerForm(key_states.shape[1], *sizes, key_states.dtype))
+
+    def allocate(self, form: LayerForm) -> None:
+        # Zeros, and not what the memory held: a slot that was never written is not seen, but may be multiplied.
+        shape, device = (self.cache.lengths.shape[0], form.heads, self.cache.slots), self.cache.lengths.device
+        self.hold(*(torch.zeros(*shape, n, dtype=form.dtype, device=device) for n in (form.key_size, form.value_size)))
+
+    def hold(self, keys: Tensor, values: Tensor) -> None:
+        self.keys, self.values = keys, values
+        self.dtype, self.device = keys.dtype, keys.device
         self.is_initialized = True
+
+    @property
+    def form(self) -> LayerForm | None:
+        """None where no forward has written anything: some models let a layer attend to another one's slots."""
+        if not self.is_initialized:
+            return None
+        keys, values = self._held()
+        return LayerForm(keys.shape[1], keys.shape[3], values.shape[3], keys.dtype)
+
+    def _held(self) -> tuple[Tensor, Tensor]:
+        assert self.keys is not None
+        assert self.values is not None
+        return self.keys, self.values
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        keys, values = self.keys, self.values
-        assert keys is not None
-        assert values is not None
+        keys, values = self._held()
         index = self.cache.write_index(keys.shape[1], key_states.shape[2])
         keys.flatten(0, 2).index_copy_(0, index, key_states.reshape(-1, key_states.shape[-1]))
         values.flatten(0, 2).index_copy_(0, index, value_states.reshape(-1, value_states.shape[-1]))
         return keys, values
 
     def grow(self, slots: int) -> None:
-        for name in ("keys", "values"):
-            old = getattr(self, name)
-            if old is not None:
-                new = old.new_zeros(*old.shape[:2], slots, old.shape[-1])
-                new[:, :, : old.shape[2]] = old
-                setattr(self, name, new)
+        if self.is_initialized:
+            self.keys, self.values = (grown(old, slots) for old in self._held())
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.cache.slots, 0
@@ -62,15 +91,31 @@ class SlotLayer(CacheLayerMixin):
 class SlotCache(Cache):
     """The cache of a whole model.
 
+    forms    what each layer keeps; None: not known, or nothing
     lengths  [B] int32, on the device: committed slots of each row; the decode state's own tensor, not a copy
     slots    capacity of a row, scratch included
     """
 
-    def __init__(self, n_layers: int, lengths: Tensor, slots: int) -> None:
+    def __init__(self, forms: Sequence[LayerForm | None], lengths: Tensor, slots: int) -> None:
         self.lengths = lengths
         self.slots = slots
         self._index: dict[tuple[int, int], Tensor] = {}
-        super().__init__(layers=[SlotLayer(self) for _ in range(n_layers)])
+        super().__init__(layers=[SlotLayer(self) for _ in forms])
+        for layer, form in zip(self.layers, forms, strict=True):
+            if form is not None:
+                layer.allocate(form)
+
+    def forms(self) -> list[LayerForm | None]:
+        return [layer.form for layer in self.layers]
+
+    def rows(self, first: int, count: int) -> SlotCache:
+        """The rows [first, first + count) in the same memory, until the cache grows."""
+        rows = slice(first, first + count)
+        part = SlotCache([None] * len(self.layers), self.lengths[rows], self.slots)
+        for layer, whole in zip(part.layers, self.layers, strict=True):
+            if whole.is_initialized:
+                layer.hold(whole.keys[rows], whole.values[rows])
+        return part
 
     def begin(self) -> None:
         """Start a forward: the lengths may have changed since the last one."""
@@ -98,3 +143,10 @@ class SlotCache(Cache):
         self.slots = slots
         for layer in self.layers:
             layer.grow(slots)
+
+
+def grown(old: Tensor, slots: int) -> Tensor:
+    """A larger allocation [B, Hkv, slots, hd] that begins with what the old one holds."""
+    new = old.new_zeros(*old.shape[:2], slots, old.shape[-1])
+    new[:, :, : old.shape[2]] = old
+    return new

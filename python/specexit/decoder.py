@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
+from itertools import chain, islice
 from threading import RLock
 from typing import Any
 
@@ -29,25 +30,20 @@ from transformers.generation.streamers import BaseStreamer
 
 from specexit import checks
 from specexit.base import BaseModel, check_supported, probe
+from specexit.call import Call, Prepared
 from specexit.config import TreeConfig, check_tree
 from specexit.drafts import Draft, load_draft
-from specexit.generation import (
-    check_generation_config,
-    check_model_kwargs,
-    ending,
-    generate_options,
-    pad_id,
-    row_limits,
-    split_criteria,
-)
+from specexit.exit import ExitConfig
+from specexit.generation import check_generation_config, check_model_kwargs, ending, generate_options, pad_id
+from specexit.job import Job
 from specexit.loading import load_base, load_tokenizer
-from specexit.loop import Request, decode
-from specexit.output import GenerateOutput, join_sequences
+from specexit.loop import Loop
+from specexit.memory import Memory
+from specexit.output import Completion, GenerateOutput, join_sequences
 from specexit.plan import Exit, ExitPlanner, check_exit
-from specexit.processors import PathProcessor, check_processors, split_warpers
-from specexit.prompts import left_padded, pack_prompts
-from specexit.sampling import Sampler, row_seeds
-from specexit.step import Choose
+from specexit.pool import Pool, batch_bucket
+from specexit.prompts import left_padded, pack_prompts, prompt_ids
+from specexit.sampling import row_seeds, seeds_of
 
 Seed = int | Sequence[int] | None
 
@@ -57,12 +53,17 @@ class SpecExitDecoder:
 
     model      the base, unchanged; the text is always its own
     draft      proposes tokens and reads exit signals; None decodes plainly (budgets still hold)
-    tree       shape of the token trees that the draft grows; None takes one that suits the device
+    tree       shape of the token trees that the draft grows; None takes one that suits the device and the batch
     exit       when thinking is cut, or one `ExitConfig` a prompt; None takes the draft's calibrated rule, or the
                defaults where it has none, if draft and tokenizer allow an exit at all
     tokenizer  tells which ids start and end thinking and which end a paragraph
     capacity   hard limit of cache slots a row, the tree's scratch slots included; None lets the cache grow
+    graph      on a GPU, capture the decode step in a CUDA graph; False launches it from Python
+    ahead      steps that are launched before what the last one published is read; None: 1 on a GPU, which so never
+               waits for the host, 0 on a CPU
 
+    On a GPU the decoder keeps the buffers and the captured step of its last call, which the next one uses if it can
+    (`release` gives them back; do so after a change of the model's modules).
     Raises TypeError or ValueError for a model or draft that does not fit, naming the reason.
     """
 
@@ -75,8 +76,10 @@ class SpecExitDecoder:
         exit: Exit | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
         capacity: int | None = None,
+        graph: bool = True,
+        ahead: int | None = None,
     ) -> None:
-        if draft is not None and not (hasattr(draft, "propose") and hasattr(draft, "observe")):
+        if draft is not None and not (hasattr(draft, "allocate") and hasattr(draft, "feature_layers")):
             raise TypeError(f"draft must be a path, a hub id or a Draft, was {type(draft).__name__}")
         self.base = BaseModel(model, () if draft is None else draft.feature_layers)
         if draft is not None and draft.feature_size != self.base.feature_size:
@@ -90,14 +93,20 @@ class SpecExitDecoder:
             check_tree(tree)
         if exit is not None:
             check_exit(exit)
+        if not isinstance(graph, bool):
+            raise TypeError(f"graph must be a bool, was {type(graph).__name__}")
+        if ahead is not None:
+            checks.integer("ahead", ahead, 0)
         probe(self.base)
         self.draft = draft
         self.tokenizer = tokenizer
         self.capacity = capacity
-        self.tree = tree or TreeConfig.suited_to(self.base.device)
+        self.tree = tree
+        self.ahead = ahead if ahead is not None else int(self.base.device.type == "cuda")
         self.planner = ExitPlanner(draft, tokenizer, self.base.vocab_size)
         self.exit: Exit = self.planner.default() if exit is None else exit
-        self._lock = RLock()  # model and draft hold one batch at a time
+        self._pool = Pool(self.base, draft, capacity, graph)
+        self._lock = RLock()  # the model is attached to one batch at a time
         if exit is None and tokenizer is None and draft is not None and draft.signals:
             warnings.warn(
                 "the draft has exit signals, but without a tokenizer nothing tells where thinking and its paragraphs "
@@ -123,7 +132,7 @@ class SpecExitDecoder:
                       bfloat16 is slow)
         device        where it goes; None: the GPU if there is one
         allow_pickle  accept a base or a draft that is not stored as safetensors
-        options       those of the constructor: tree, exit, capacity
+        options       those of the constructor: tree, exit, capacity, graph, ahead
         """
         if isinstance(base, (str, os.PathLike)):
             model = load_base(base, dtype, device, allow_pickle)
@@ -208,9 +217,9 @@ class SpecExitDecoder:
                 **rest: Any,
             ) -> Tensor:
                 check_generation_config(generation_config)
-                prepared = (logits_processor, stopping_criteria, generation_config)
                 mask = rest.get("attention_mask")
-                results.append(self._decode(input_ids, mask, *prepared, seed, streamer, exit, tree))
+                prepared = Prepared(input_ids, mask, logits_processor, stopping_criteria, generation_config)
+                results.append(self._decode(prepared, seed, streamer, exit, tree))
                 return results[0].sequences
 
             pad = pad_id(self.model.generation_config)
@@ -241,9 +250,9 @@ class SpecExitDecoder:
         check_generation_config(generation_config)
         check_model_kwargs(model_kwargs, input_ids)
         mask = model_kwargs.get("attention_mask")
-        prepared = (logits_processor, stopping_criteria, generation_config)
+        prepared = Prepared(input_ids, mask, logits_processor, stopping_criteria, generation_config)
         with ending(streamer), self._lock:
-            result = self._decode(input_ids, mask, *prepared, seed, streamer, exit, tree)
+            result = self._decode(prepared, seed, streamer, exit, tree)
         if generation_config.return_dict_in_generate:
             output = GenerateDecoderOnlyOutput(sequences=result.sequences)
             output.stats = result.stats
@@ -255,61 +264,139 @@ class SpecExitDecoder:
         given to `model.generate` itself gets the prompt, and then nothing: transformers does not pass it on."""
         return partial(self, streamer=streamer)
 
+    def generate_many(
+        self,
+        prompts: Iterable[Sequence[int] | Tensor],
+        *,
+        slots: int = 8,
+        max_new_tokens: int | None = None,
+        temperature: float | None = None,
+        top_p: float | None = None,
+        top_k: int | None = None,
+        min_p: float | None = None,
+        seed: Seed = None,
+        eos_token_id: int | Sequence[int] | None = None,
+        logits_processor: LogitsProcessorList | None = None,
+        stopping_criteria: StoppingCriteriaList | None = None,
+        exit: ExitConfig | None = None,
+        tree: TreeConfig | None = None,
+    ) -> Iterator[Completion]:
+        """Continue any number of prompts, `slots` at a time: as a sequence ends, the next prompt takes its place.
+
+        prompts  ids of one prompt each, without padding; taken as slots become free, so they need not end
+        slots    sequences that are decoded at a time
+        The others are those of `generate`, and each text is what it gives for that prompt alone, with that prompt's
+        seed: given, or derived from one int and the prompt's index.
+
+        Yields completions as they end, `index` telling the prompt. A prompt that cannot be decoded raises, when those
+        that are being decoded have ended. Raises TypeError or ValueError for another argument at once.
+        """
+        checks.integer("slots", slots, 1)
+        options = generate_options(
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            min_p=min_p,
+            max_new_tokens=max_new_tokens,
+            eos_token_id=eos_token_id,
+            logits_processor=logits_processor,
+            stopping_criteria=stopping_criteria,
+        )
+        if exit is not None and not isinstance(exit, ExitConfig):
+            raise TypeError(f"exit must be one ExitConfig for all prompts, was {type(exit).__name__}")
+        call = self._call(exit, tree, slots)
+        return self._complete(call, self._jobs(call, prompts, seeds_of(seed), options))
+
+    def tree_for(self, batch: int, tree: TreeConfig | None = None) -> TreeConfig:
+        """The tree that `batch` sequences at a time are decoded with, unless a call names another."""
+        if tree is not None:
+            check_tree(tree)
+        if self.draft is None:  # which would grow it
+            return TreeConfig.none()
+        return tree or self.tree or TreeConfig.suited_to(self.device, batch)
+
+    def memory(self) -> Memory:
+        """Bytes that the decoder holds: weights, and what it keeps between calls or uses now."""
+        return self._pool.memory()
+
+    def release(self) -> None:
+        """Give back the memory that is kept for the next call; weights stay."""
+        with self._lock:
+            self._pool.release()
+
+    def _call(self, exit: Exit | None, tree: TreeConfig | None, slots: int) -> Call:
+        exit = self.exit if exit is None else exit
+        return Call(self.base, self.planner, exit, self.tree_for(slots, tree), self.capacity, slots)
+
     def _decode(
         self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None,
-        processors: LogitsProcessorList,
-        criteria: StoppingCriteriaList,
-        config: GenerationConfig,
+        prepared: Prepared,
         seed: Seed,
         streamer: BaseStreamer | None,
         exit: Exit | None,
         tree: TreeConfig | None,
     ) -> GenerateOutput:
-        """Decode what transformers prepared: left-padded ids, merged configuration, processors and criteria, of which
-        the configuration is checked."""
-        if torch.is_autocast_enabled(self.device.type):
-            raise RuntimeError("autocast must be off: the base and its cache have one dtype; load the model in another")
-        if not input_ids.shape[0]:
-            return GenerateOutput(input_ids, [], [])
-        if streamer is not None and input_ids.shape[0] > 1:
-            raise ValueError(f"streamer must be given one prompt, was given {input_ids.shape[0]}")
-        tree = self.tree if tree is None else check_tree(tree)
-        if self.draft is None:  # which would grow it
-            tree = TreeConfig.none()
-        prompts = pack_prompts(input_ids.to(self.device), attention_mask, self.base.vocab_size)
-        stop_ids, longest, others = split_criteria(criteria, config, self.base.vocab_size)
-        wanted = [length + longest - input_ids.shape[1] for length in prompts.lengths]
-        limits = row_limits(
-            prompts.lengths, wanted, positions=self.base.max_positions, capacity=self.capacity, nodes=tree.nodes
-        )
-        plan = self.planner.plan(self.exit if exit is None else exit, prompts, stop_ids, self.device)
-        seeds = row_seeds(seed, len(wanted))
-        sampling, processors = split_warpers(list(processors), bool(config.do_sample))
-        prefixes: list[list[int]] = input_ids.tolist()
-        sampler = Sampler(sampling, seeds, self.device)
-        check_processors(processors, len(wanted))
-        choose: Choose = PathProcessor(processors, sampler, prefixes, set(stop_ids)) if processors else sampler
-        request = Request(
-            prompts=prompts,
-            prefixes=prefixes,
-            limits=limits,
-            slots=self.capacity,
-            stop_ids=stop_ids,
-            choose=choose,
-            rules=plan.rules,
-            thinking=plan.thinking,
-            trace=plan.reads_signals,
-            criteria=others,
-            streamer=streamer,
-        )
+        """Decode what transformers prepared; its configuration is checked."""
+        batch = prepared.input_ids.shape[0]
+        if not batch:
+            return GenerateOutput(prepared.input_ids, [], [])
+        if streamer is not None and batch > 1:
+            raise ValueError(f"streamer must be given one prompt, was given {batch}")
+        call = self._call(exit, tree, batch_bucket(batch, self.device))
+        jobs = call.jobs(prepared, row_seeds(seed, batch), streamer)
         if streamer is not None:
-            streamer.put(input_ids.cpu())
-        rows = decode(self.base, self.draft, tree, request)
-        new_tokens = [prefix[input_ids.shape[1] :] for prefix in prefixes]
-        for index, row in enumerate(rows):
-            row.thinking_tokens = plan.count_thinking(index, new_tokens[index])
-            if row.finish_reason == "length" and limits[index] < wanted[index]:
-                row.finish_reason = "capacity"
-        return GenerateOutput(join_sequences(input_ids, new_tokens, pad_id(config)), new_tokens, rows)
+            streamer.put(prepared.input_ids.cpu())
+        with self._pool.take(call, max(job.length for job in jobs)) as engine, engine.active():
+            loop = Loop(engine, iter(jobs), call.ahead(self.ahead))
+            while loop.run():
+                pass
+        new_tokens = [job.new_tokens for job in jobs]
+        sequences = join_sequences(prepared.input_ids, new_tokens, pad_id(prepared.config))
+        return GenerateOutput(sequences, new_tokens, [call.stats(job) for job in jobs])
+
+    def _jobs(
+        self, call: Call, prompts: Iterable[Sequence[int] | Tensor], seeds: Iterator[int], options: dict[str, Any]
+    ) -> Iterator[Job]:
+        """The prompts of `generate_many`, each prepared by transformers when it is its turn."""
+        for index, prompt in enumerate(prompts):
+            input_ids = prompt_ids(prompt, f"prompts[{index}]")
+            pack_prompts(input_ids, None, self.base.vocab_size, f"prompts[{index}]")
+            jobs: list[Job] = []
+
+            def prepare(
+                model: PreTrainedModel,
+                input_ids: Tensor,
+                logits_processor: LogitsProcessorList,
+                stopping_criteria: StoppingCriteriaList,
+                generation_config: GenerationConfig,
+                jobs: list[Job] = jobs,
+                index: int = index,
+                **rest: Any,
+            ) -> Tensor:
+                check_generation_config(generation_config)
+                prepared = Prepared(input_ids, None, logits_processor, stopping_criteria, generation_config)
+                rows = list(islice(seeds, len(input_ids)))
+                if len(rows) < len(input_ids):
+                    raise ValueError(f"seed must be one int or one a prompt, was {index} of them for more prompts")
+                jobs += call.jobs(prepared, rows, prompt=index)
+                return input_ids
+
+            ids = input_ids.to(self.device)
+            self.model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), custom_generate=prepare, **options)
+            yield from jobs
+
+    def _complete(self, call: Call, jobs: Iterator[Job]) -> Iterator[Completion]:
+        """Decode jobs and yield what has ended. Between two results the decoder is free for other calls."""
+        with self._lock:
+            first = next(jobs, None)
+        if first is None:
+            return
+        with self._pool.take(call, first.length) as engine:
+            loop = Loop(engine, chain([first], jobs), call.ahead(self.ahead))
+            while True:
+                with self._lock, engine.active():
+                    ended = loop.run()
+                if not ended:
+                    return
+                for job in ended:
+                    yield Completion(job.index, job.new_tokens, call.stats(job))

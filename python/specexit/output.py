@@ -52,6 +52,19 @@ class RowStats:
 
 
 @dataclass
+class Completion:
+    """One sequence of `generate_many`.
+
+    index       of its prompt
+    new_tokens  the generated ids
+    """
+
+    index: int
+    new_tokens: list[int]
+    stats: RowStats
+
+
+@dataclass
 class GenerateOutput:
     """sequences   [B, P + N] int64: `input_ids` as they were given, then the new tokens, then padding
     new_tokens  the generated ids of each row

@@ -10,7 +10,6 @@ import torch
 
 from specexit.drafts.base import Draft
 from specexit.exit import ExitConfig, markers_for, rules_for
-from specexit.prompts import Prompts
 from specexit.thinking import Markers, Tokenizer, count_thinking_tokens, is_thinking
 from specexit_kernels import ExitRules
 from specexit_kernels.state import SIGNALS
@@ -20,25 +19,31 @@ Exit = ExitConfig | Sequence[ExitConfig]
 
 @dataclass(frozen=True)
 class ExitPlan:
-    """The exit of one batch.
+    """The exit of one call, which has one row of settings a prompt, or one for all.
 
-    thinking  whether each prompt ends inside the thinking text
-    assume    what the settings say of that, per row
+    source  where the draft's signals are read; None: they are not
+    assume  what the settings say of whether a prompt ends inside the thinking text, per row
     """
 
     rules: ExitRules
+    source: str | None
     markers: Markers
-    prompts: list[list[int]]
-    thinking: list[bool]
     assume: list[bool | None]
 
     @property
-    def reads_signals(self) -> bool:
-        return self.rules.thresholds.shape[1] > 0
+    def form(self) -> tuple[object, ...]:
+        """What all rows share, and so is fixed in a captured step."""
+        rules = self.rules
+        flags = (rules.per_step, rules.has_minimum, rules.has_budget, rules.force_stops)
+        return (self.markers, self.source, rules.thresholds.shape[1], rules.smoothing, rules.window, *flags)
 
-    def count_thinking(self, row: int, generated: Sequence[int]) -> int:
-        """Generated tokens of a row inside the thinking text."""
-        return count_thinking_tokens(self.prompts[row], generated, self.markers, self.assume[row])
+    def is_thinking(self, prompt: Sequence[int], row: int) -> bool:
+        """Whether a prompt ends inside the thinking text."""
+        return is_thinking(prompt, self.markers, self.assume[row])
+
+    def count_thinking(self, prompt: Sequence[int], generated: Sequence[int], row: int) -> int:
+        """Generated tokens inside the thinking text."""
+        return count_thinking_tokens(prompt, generated, self.markers, self.assume[row])
 
 
 def check_exit(exit: object) -> None:
@@ -57,29 +62,25 @@ class ExitPlanner:
         self.vocabulary = vocabulary
         self._markers: dict[object, Markers] = {}
 
-    def plan(self, exit: Exit, prompts: Prompts, stop_ids: Sequence[int], device: torch.device) -> ExitPlan:
-        """Check the settings against draft and tokenizer, and let the draft read what they ask for.
+    def plan(self, exit: Exit, batch: int, stop_ids: Sequence[int], device: torch.device) -> ExitPlan:
+        """Check the settings of `batch` rows against draft and tokenizer, and let the draft read what they ask for.
 
         Raises TypeError for what is no ExitConfig, ValueError where the draft or the ids lack what the settings need.
         """
-        batch = len(prompts.lengths)
         check_exit(exit)
         configs = [exit] * batch if isinstance(exit, ExitConfig) else list(exit)
         lead = next((config for config in configs if config.active), configs[0] if configs else ExitConfig.off())
         signals: Sequence[str] = ()
+        source = lead.source if any(config.enabled for config in configs) else None
         if self.draft is not None:
-            reads = any(config.enabled for config in configs)
-            self.draft.select_source(lead.source if reads else None)
+            self.draft.select_source(source)
             signals = self.draft.signals
         markers = self.markers(lead)
-        rows = [prompts.row(index) for index in range(batch)]
-        assume = [config.assume_thinking for config in configs[:batch]]
         return ExitPlan(
             rules=rules_for(exit, self.vocabulary, markers, batch, device, signals, stop_ids),
+            source=source,
             markers=markers,
-            prompts=rows,
-            thinking=[is_thinking(row, markers, says) for row, says in zip(rows, assume, strict=True)],
-            assume=assume,
+            assume=[config.assume_thinking for config in configs[:batch]],
         )
 
     def markers(self, config: ExitConfig) -> Markers:

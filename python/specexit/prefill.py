@@ -15,15 +15,16 @@ from torch import Tensor
 from specexit.attention import chain_context
 from specexit.base import BaseModel
 from specexit.config import TreeConfig
-from specexit.drafts.base import Draft
+from specexit.drafts.base import DraftBatch
 from specexit.prompts import Prompts
-from specexit.step import Buffers, Choose, chain_form, decode_step
+from specexit.sampling import Choose
+from specexit.step import Buffers, chain_form, decode_step
 from specexit_kernels import ExitRules
 
 CHUNK = 256  # tokens a forward: four words of bits, and enough rows to use a GPU's arithmetic
 
 
-def prefill(base: BaseModel, draft: Draft | None, prompts: Prompts, buffers: Buffers) -> None:
+def prefill(base: BaseModel, draft: DraftBatch | None, prompts: Prompts, buffers: Buffers) -> None:
     """Commit all but the last token of each prompt, and let the draft read the positions whose next token is known.
 
     Chunks start at the same position in every row. A shorter row writes junk past its end, which nothing sees and its
@@ -60,7 +61,7 @@ def first_token(base: BaseModel, choose: Choose, rules: ExitRules, buffers: Buff
     buffers.last_features.copy_(features[:, 0])
 
 
-def observe_root(draft: Draft, buffers: Buffers) -> None:
+def observe_root(draft: DraftBatch, buffers: Buffers) -> None:
     """Let the draft read position L - 1 with the root: what a step does at its end for the next one."""
     state = buffers.state
     rows = buffers.last_features.new_zeros(state.run.shape[0], state.run.shape[1], buffers.last_features.shape[1])

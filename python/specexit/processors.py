@@ -8,6 +8,7 @@ the host, along the accepted path only: at most D + 1 calls a row and step.
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -26,6 +27,7 @@ from transformers.generation.logits_process import (
     UnbatchedClassifierFreeGuidanceLogitsProcessor,
 )
 
+from specexit.job import Job
 from specexit.sampling import Sampler, SamplingConfig
 from specexit_kernels import DecodeState, Tree, bits
 
@@ -88,22 +90,23 @@ def split_warpers(processors: list[LogitsProcessor], do_sample: bool) -> tuple[S
 class PathProcessor:
     """Chooses targets along the accepted path with processors in the way; the counterpart of `Sampler`.
 
-    Reads the device, so runs with it are not capturable. Nodes off the path get -1, which matches no token.
-
-    prefixes  each row's ids as transformers would pass them, padding included; the decoder appends what it publishes
+    Reads the device, so runs with it are not captured, and no step begins before the last one is published. Nodes off
+    the path get -1, which matches no token.
     """
 
-    def __init__(
-        self,
-        processors: LogitsProcessorList,
-        sampler: Sampler,
-        prefixes: list[list[int]],
-        stop_ids: set[int],
-    ) -> None:
-        self.processors = [of_row(processors, row) for row in range(len(prefixes))]
+    def __init__(self, sampler: Sampler, batch: int, stop_ids: set[int]) -> None:
         self.sampler = sampler
-        self.prefixes = prefixes
         self.stop_ids = stop_ids
+        self.jobs: list[Job | None] = [None] * batch
+
+    def seat(self, first: int, jobs: Sequence[Job]) -> None:
+        self.sampler.seat(first, jobs)
+        self.jobs[first : first + len(jobs)] = jobs
+
+    def rows(self, first: int, count: int) -> PathProcessor:
+        part = PathProcessor(self.sampler.rows(first, count), count, self.stop_ids)
+        part.jobs = self.jobs[first : first + count]
+        return part
 
     def __call__(self, logits: Tensor, tree: Tree, state: DecodeState) -> Tensor:
         targets = torch.full_like(tree.tokens, -1)
@@ -111,10 +114,11 @@ class PathProcessor:
         alive = bits.unpack(tree.visible, tree.tokens.shape[1]).diagonal(dim1=1, dim2=2).tolist()
         lengths, limits = state.lengths.tolist(), state.limits.tolist()
         for row, finished in enumerate(state.finished.tolist()):
-            if finished:
+            job = self.jobs[row]
+            if finished or job is None:
                 continue
             forced = state.forced[row, : int(state.n_forced[row])].tolist()
-            ids, node, position = list(self.prefixes[row]), 0, lengths[row] + 1
+            ids, node, position = list(job.prefix), 0, lengths[row] + 1
             for depth in range(1, state.run.shape[1]):  # a step takes D + 1 tokens, a chain of forced ids may be longer
                 token = forced[depth] if depth < len(forced) else self._token(logits[row, node], ids, row, position)
                 targets[row, node] = token
@@ -132,5 +136,7 @@ class PathProcessor:
 
     def _token(self, logits: Tensor, ids: list[int], row: int, position: int) -> int:
         prefix = torch.tensor([ids], dtype=torch.int64, device=logits.device)
-        scores = self.processors[row](prefix, logits[None].to(torch.float32, copy=True))
+        job = self.jobs[row]
+        assert job is not None
+        scores = job.processors(prefix, logits[None].to(torch.float32, copy=True))
         return int(self.sampler.draw(scores, row, position))

@@ -6,10 +6,13 @@ is never visible and is overwritten by the tokens it generates.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from specexit import checks
 
 
 @dataclass(frozen=True)
@@ -28,32 +31,46 @@ class Prompts:
         return tokens
 
 
-def pack_prompts(input_ids: Tensor, attention_mask: Tensor | None, vocab_size: int) -> Prompts:
-    """Check `input_ids` and `attention_mask`, both [B, P] integers, and move every row to the left.
+def prompt_ids(prompt: Sequence[int] | Tensor, name: str) -> Tensor:
+    """One prompt as ids [1, P] int64 on the host. Raises TypeError or ValueError for what is none."""
+    if isinstance(prompt, Tensor):
+        if prompt.dim() != 1 and not (prompt.dim() == 2 and prompt.shape[0] == 1):
+            raise ValueError(f"{name} must be [P] or [1, P], was {list(prompt.shape)}")
+        if prompt.is_floating_point() or prompt.is_complex() or prompt.dtype == torch.bool:
+            raise TypeError(f"{name} must hold integers, was {prompt.dtype}")
+        return prompt.detach().cpu().long().view(1, -1)
+    if isinstance(prompt, (str, bytes)) or not isinstance(prompt, Sequence):
+        raise TypeError(f"{name} must be ids or a tensor of them, was {type(prompt).__name__}")
+    return torch.tensor([checks.ids(name, prompt)], dtype=torch.int64)
+
+
+def pack_prompts(input_ids: Tensor, attention_mask: Tensor | None, vocab_size: int, name: str = "input_ids") -> Prompts:
+    """Check `input_ids` and `attention_mask`, both [B, P] integers, and move every row to the left. `name` is what
+    errors call the ids.
 
     Raises TypeError or ValueError for another shape or type, an empty prompt, a hole in the mask, or an id outside the
     vocabulary.
     """
     if not isinstance(input_ids, Tensor):
-        raise TypeError(f"input_ids must be a tensor, was {type(input_ids).__name__}")
+        raise TypeError(f"{name} must be a tensor, was {type(input_ids).__name__}")
     if input_ids.dim() != 2:
-        raise ValueError(f"input_ids must be [B, P], was {list(input_ids.shape)}")
+        raise ValueError(f"{name} must be [B, P], was {list(input_ids.shape)}")
     if input_ids.is_floating_point() or input_ids.is_complex() or input_ids.dtype == torch.bool:
-        raise TypeError(f"input_ids must hold integers, was {input_ids.dtype}")
+        raise TypeError(f"{name} must hold integers, was {input_ids.dtype}")
     mask = torch.ones_like(input_ids, dtype=torch.bool)
     if attention_mask is not None:
         if not isinstance(attention_mask, Tensor):
             raise TypeError(f"attention_mask must be a tensor, was {type(attention_mask).__name__}")
         if attention_mask.shape != input_ids.shape:
             raise ValueError(
-                f"attention_mask must be {list(input_ids.shape)} like input_ids, was {list(attention_mask.shape)}"
+                f"attention_mask must be {list(input_ids.shape)} like {name}, was {list(attention_mask.shape)}"
             )
         mask = attention_mask.to(input_ids.device) != 0
     lengths: list[int] = mask.sum(1).tolist()
     if not lengths:
         return Prompts(input_ids.int(), lengths)
     if 0 in lengths:
-        raise ValueError(f"input_ids must hold at least one token a prompt, row {lengths.index(0)} was empty")
+        raise ValueError(f"{name} must hold at least one token a prompt, row {lengths.index(0)} was empty")
     first = mask.int().argmax(1, keepdim=True)
     columns = torch.arange(input_ids.shape[1], device=input_ids.device)
     within = (columns >= first) & (columns < first + mask.sum(1, keepdim=True))
@@ -63,7 +80,7 @@ def pack_prompts(input_ids: Tensor, attention_mask: Tensor | None, vocab_size: i
     if outside.any():
         row, column = outside.nonzero()[0].tolist()
         raise ValueError(
-            f"input_ids must be in [0, {vocab_size}), the base's vocabulary, was {int(input_ids[row, column])} "
+            f"{name} must be in [0, {vocab_size}), the base's vocabulary, was {int(input_ids[row, column])} "
             f"at [{row}, {column}]"
         )
     source = (columns + first).clamp(max=max(input_ids.shape[1] - 1, 0))

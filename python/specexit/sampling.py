@@ -7,14 +7,16 @@ for a chain, without speculation, and in any batch.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from itertools import count, islice
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from specexit import checks
+from specexit.job import Job
 from specexit_kernels import DecodeState, Tree, sample_targets
 
 _MASK = 2**64 - 1
@@ -44,25 +46,31 @@ class SamplingConfig:
             checks.number("min_p", self.min_p, 0, 1)
 
 
-def row_seeds(seed: int | Sequence[int] | None, batch: int) -> list[int]:
+def seeds_of(seed: int | Sequence[int] | None) -> Iterator[int]:
     """A seed for each row: drawn from torch's generator (None), derived from one int and the row's index, or given.
 
-    Duplicate prompts in a batch get different seeds from one int, so different samples.
-    Raises TypeError or ValueError for a seed that is neither.
+    Duplicate prompts get different seeds from one int, so different samples. Given ones end with the sequence.
+    Raises TypeError for a seed that is neither.
     """
     if seed is None:
-        drawn: list[int] = torch.randint(0, 2**62, (batch,)).tolist()
-        return drawn
+        return iter(lambda: int(torch.randint(0, 2**62, ())), None)
     if isinstance(seed, int):
-        return [_mix(_mix(seed & _MASK) + index) for index in range(batch)]
+        first = _mix(seed & _MASK)
+        return (_mix(first + index) for index in count())
     if isinstance(seed, str) or not isinstance(seed, Sequence):
         raise TypeError(f"seed must be an int or one a prompt, was {type(seed).__name__}")
     for value in seed:
         if not isinstance(value, int):
             raise TypeError(f"seed must hold ints, was {type(value).__name__}")
-    if len(seed) != batch:
+    return map(_signed, seed)
+
+
+def row_seeds(seed: int | Sequence[int] | None, batch: int) -> list[int]:
+    """The seeds of a batch. Raises TypeError or ValueError for what does not say one for each row."""
+    seeds = seeds_of(seed)
+    if isinstance(seed, Sequence) and len(seed) != batch:
         raise ValueError(f"seed must be one int or one a prompt ({batch}), was {len(seed)} of them")
-    return [_signed(value) for value in seed]
+    return list(islice(seeds, batch))
 
 
 def _mix(value: int) -> int:
@@ -79,46 +87,70 @@ def _signed(value: int) -> int:
     return value - 2**64 if value >> 63 else value
 
 
-class Sampler:
-    """Draws the base's token for every node of a batch of trees; one op, no host in it.
-
-    config  shared by the rows
-    seeds   one a row
-    """
-
-    def __init__(self, config: SamplingConfig, seeds: Sequence[int], device: torch.device) -> None:
-        self.config = config
-        self.seeds = torch.tensor(seeds, dtype=torch.int64, device=device)
-        self._laid_out: dict[int, dict[str, Any]] = {}  # by nodes a row: the same tensors in every step
+class Choose(Protocol):
+    """The base's token at every node of a batch of trees, for B slots that hold sequences or none."""
 
     def __call__(self, logits: Tensor, tree: Tree, state: DecodeState) -> Tensor:
         """logits [B, T, V] -> targets [B, T] int32: the token after each node, by the base alone."""
-        # A node at depth d stands at position L + d; its target is the token of the position after it.
-        positions = state.lengths.unsqueeze(1) + (tree.depth + 1)
-        nodes = tree.tokens.shape[1]
-        if nodes not in self._laid_out:
-            self._laid_out[nodes] = self._arguments(self.seeds.repeat_interleave(nodes))
-        targets = sample_targets(logits.flatten(0, 1), positions.flatten(), **self._laid_out[nodes])
-        return targets.view(tree.tokens.shape)
+        ...
 
-    def draw(self, logits: Tensor, row: int, position: int) -> Tensor:
-        """One token, [1] int32: of `row` at `position`, from logits [1, V]."""
-        at = torch.tensor([position], dtype=torch.int32, device=logits.device)
-        return sample_targets(logits, at, **self._arguments(self.seeds[row : row + 1]))
+    def seat(self, first: int, jobs: Sequence[Job]) -> None:
+        """From now on the slots from `first` on hold these."""
+        ...
 
-    def _arguments(self, seeds: Tensor) -> dict[str, Any]:
-        """What `sample_targets` takes besides logits and positions, for nodes with these seeds [N]."""
-        config = self.config
+    def rows(self, first: int, count: int) -> Choose:
+        """The same for the slots [first, first + count) alone."""
+        ...
+
+
+class Sampler:
+    """Draws the base's tokens; one op, no host in it.
+
+    config  shared by the rows
+    batch   B
+    nodes   T: no tree has more
+    """
+
+    def __init__(self, config: SamplingConfig, batch: int, nodes: int, device: torch.device) -> None:
+        self.config = config
 
         def full(value: float | None, dtype: torch.dtype) -> Tensor | None:
-            if value is None or config.temperature == 0:
+            if value is None or (config.temperature == 0 and dtype != torch.int64):
                 return None
-            return torch.full(seeds.shape, value, dtype=dtype, device=seeds.device)
+            return torch.full((batch, nodes), value, dtype=dtype, device=device)
 
-        return {
-            "seeds": seeds,
+        # Every node has its own: the op's rows are nodes.
+        self._arguments = {
+            "seeds": full(0, torch.int64),
             "temperature": full(config.temperature, torch.float32),
             "top_k": full(config.top_k, torch.int32),
             "top_p": full(config.top_p, torch.float32),
             "min_p": full(config.min_p, torch.float32),
         }
+
+    def __call__(self, logits: Tensor, tree: Tree, state: DecodeState) -> Tensor:
+        # A node at depth d stands at position L + d; its target is the token of the position after it.
+        positions = state.lengths.unsqueeze(1) + (tree.depth + 1)
+        targets = sample_targets(logits.flatten(0, 1), positions.flatten(), **self._of_nodes(tree.tokens.shape[1]))
+        return targets.view(tree.tokens.shape)
+
+    def seat(self, first: int, jobs: Sequence[Job]) -> None:
+        seeds = self._arguments["seeds"]
+        assert seeds is not None
+        host = torch.tensor([job.seed for job in jobs], dtype=torch.int64, pin_memory=seeds.is_cuda)
+        seeds[first : first + len(jobs)] = host.to(seeds.device, non_blocking=True).unsqueeze(1)
+
+    def rows(self, first: int, count: int) -> Sampler:
+        part = object.__new__(Sampler)
+        part.config = self.config
+        part._arguments = {name: x if x is None else x[first : first + count] for name, x in self._arguments.items()}
+        return part
+
+    def draw(self, logits: Tensor, row: int, position: int) -> Tensor:
+        """One token, [1] int32: of `row` at `position`, from logits [1, V]."""
+        at = torch.tensor([position], dtype=torch.int32, device=logits.device)
+        return sample_targets(logits, at, **self.rows(row, 1)._of_nodes(1))
+
+    def _of_nodes(self, nodes: int) -> dict[str, Any]:
+        """What `sample_targets` takes besides logits and positions; a view where the trees have all their nodes."""
+        return {name: x if x is None else x[:, :nodes].reshape(-1) for name, x in self._arguments.items()}

@@ -1,7 +1,7 @@
 """One step of decoding, in the order in which it happens.
 
 A step is a function of the model, the draft, the rules and a set of fixed-address buffers. Its shapes are static and
-it never asks the device for a value, so on a GPU it can be captured once and replayed.
+it never asks the device for a value, so on a GPU it is captured once and replayed.
 
 It begins with growing the tree that it verifies. So what it publishes is out before the next tree is grown, the last
 step grows none in vain, and no tree outlives its step.
@@ -9,7 +9,6 @@ step grows none in vain, and no tree outlives its step.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -19,10 +18,9 @@ from specexit.attention import TreeContext
 from specexit.base import BaseModel
 from specexit.cache import SlotCache
 from specexit.config import TreeConfig
-from specexit.drafts.base import Draft
+from specexit.drafts.base import DraftBatch
+from specexit.sampling import Choose
 from specexit_kernels import DecodeState, ExitRules, Tree, accept, bits, build_tree, compact_kv, decide_exit
-
-Choose = Callable[[Tensor, Tree, DecodeState], Tensor]  # logits [B, T, V], the tree, the state -> targets [B, T]
 
 
 @dataclass(frozen=True)
@@ -44,7 +42,7 @@ class Buffers:
 
 
 def decode_step(
-    base: BaseModel, draft: Draft | None, config: TreeConfig, choose: Choose, rules: ExitRules, buffers: Buffers
+    base: BaseModel, draft: DraftBatch | None, config: TreeConfig, choose: Choose, rules: ExitRules, buffers: Buffers
 ) -> Tensor:
     """Grow a tree, verify it, decide on an exit, and publish tokens to `state.output`.
 
@@ -78,7 +76,7 @@ def decode_step(
     return features
 
 
-def grow_tree(draft: Draft | None, config: TreeConfig, buffers: Buffers) -> Tree:
+def grow_tree(draft: DraftBatch | None, config: TreeConfig, buffers: Buffers) -> Tree:
     """What the draft proposes after the root, or the forced ids as a chain."""
     state = buffers.state
     if draft is None or config.max_depth == 0:

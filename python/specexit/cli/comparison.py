@@ -172,7 +172,7 @@ class Comparison:
         return {
             "device": str(self.decoder.device),
             "threads": torch.get_num_threads(),
-            "tree": asdict(self.decoder.tree),
+            "tree": asdict(self.decoder.tree_for(1)),
             "exit": {name: value for name, value in asdict(self.exit).items() if value is not None},
         }
 

@@ -4,19 +4,20 @@ Rows and positions. A draft reads *rows*: row p of a sequence is the base's feat
 token at p + 1. So its committed rows are [0, L - 1) where the base has committed [0, L), and the row for position
 L - 1 is read with the *root*, the token that follows.
 
-Order of calls. `allocate` once; `read` over the prompt, in pieces; `observe` of its last token; then in every decode
-step `propose` and, when the base has verified the tree, `observe`:
+Order of calls. `allocate` once for a batch; for its rows, all or a part of them, `read` over the prompt, in pieces, and
+`observe` of its last token; then in every decode step `propose` and, when the base has verified the tree, `observe`:
 
-    draft.allocate(batch, capacity, tree, device, dtype)
-    draft.read(features[:, 0:n], tokens[:, 1:n+1], start)             # rows 0 .. L-2 of the prompts
-    draft.observe(features, root, start, last)                        # row L-1
+    batch = draft.allocate(rows, capacity, tree, device, dtype)
+    part = batch.rows(first, count)                                   # a few prompts join
+    part.read(features[:, 0:n], tokens[:, 1:n+1], start)              # rows 0 .. L-2 of the prompts
+    part.observe(features, root, start, last)                         # row L-1
     while running:
-        candidates = draft.propose(root, lengths)                     # -> a tree -> the base -> accept
-        signals = draft.observe(features, run, start, last)           # rows L-1 .. : the root, then the accepted tokens
+        candidates = batch.propose(root, lengths)                     # -> a tree -> the base -> accept
+        signals = batch.observe(features, run, start, last)           # rows L-1 .. : the root, then the accepted tokens
         ...                                                           # the exit decision; the row's root and length
 
 `read`, `observe` and `propose` never wait for the device, their shapes follow from those of their arguments, and their
-memory comes from `allocate` or from torch's allocator: a decode step can be captured in a CUDA graph. Anything that a
+memory comes from `allocate` or from torch's allocator: a decode step is captured in a CUDA graph. Anything that a
 drafter must know of a row it keeps in device memory, at addresses that stay from `allocate` to `grow`. That holds for
 what an `observe` leaves to the `propose` after it, too: on a GPU that is in the next replay.
 
@@ -48,10 +49,7 @@ class Candidates(NamedTuple):
 
 
 class Draft(Protocol):
-    """A drafter. B is the batch that it was allocated for.
-
-    Features may be views of any strides with a dense last axis; token ids are the base's, in padding rows too.
-    """
+    """A drafter: what it is, whatever it works on."""
 
     @property
     def signals(self) -> Sequence[str]:
@@ -83,12 +81,30 @@ class Draft(Protocol):
 
     def allocate(
         self, batch: int, capacity: int, tree: TreeConfig, device: torch.device | str, dtype: torch.dtype
-    ) -> None:
-        """Make the cache and the buffers for `batch` rows of at most `capacity` positions; what was there is gone.
+    ) -> DraftBatch:
+        """Cache and buffers for `batch` rows of at most `capacity` positions, which read the signals selected now.
 
         device, dtype   the base's: of the features, the tokens and the lengths
         Raises ValueError where the draft cannot serve the tree, the device or the dtype.
         """
+        ...
+
+
+class DraftBatch(Protocol):
+    """A drafter at work on B rows, with all that it remembers of them.
+
+    Features may be views of any strides with a dense last axis; token ids are the base's, in padding rows too. A row
+    that has ended, or waits for its first prompt, is read and proposed for as the others; nobody uses what comes out.
+    """
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that its cache and buffers take."""
+        ...
+
+    def rows(self, first: int, count: int) -> DraftBatch:
+        """The rows [first, first + count) in the same memory, to `read` and `observe` a prompt that joins: whatever
+        was in them is forgotten, for the new prompt starts at position 0. It need not live beyond the next `grow`."""
         ...
 
     def grow(self, slots: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -11,6 +12,7 @@ from torch import Tensor
 from specexit.config import TreeConfig
 from specexit.drafts.eagle3_config import Eagle3Config
 from specexit.drafts.rope import RopeTable
+from specexit.memory import held
 from specexit_kernels import bits
 from specexit_kernels.tree_attention import slot_mask
 
@@ -77,7 +79,7 @@ class Workspace:
         self._children = torch.zeros(batch, k, dtype=torch.int32, device=device)
         self._logprobs = torch.zeros(batch, k, dtype=torch.float32, device=device)
         self._hidden = torch.zeros(batch, config.hidden_size, dtype=dtype, device=device)
-        self.fresh = True  # nothing has been observed since the allocation
+        self._observed = [False]  # since the allocation; shared with the parts
 
     def _hold(self, cache: Tensor) -> None:
         """Take `cache` [2, B, heads, slots, head_dim], and the rope table of the position of every slot."""
@@ -88,6 +90,25 @@ class Workspace:
         # The first slot of each row's keys and values, keys first, in the flattened cache.
         self._first_slot = first.transpose(0, 1).reshape(batch, 1, kinds * heads)
         self.rope = self._rope.reach(slots, cache.device, cache.dtype)
+
+    def part(self, first: int, count: int) -> Workspace:
+        """The rows [first, first + count) of the batch, in the same memory: until `grow`, and not for `propose`."""
+        part, rows = copy.copy(self), slice(first, first + count)
+        part.batch, part.rows = count, self.rows[:count]
+        part.keys, part.values = self._cache[:, rows]
+        for name in ("_first_slot", "_chain", "_children", "_logprobs", "_hidden"):
+            setattr(part, name, getattr(self, name)[rows])
+        return part
+
+    @property
+    def fresh(self) -> bool:
+        """Nothing has been observed since the allocation."""
+        return not self._observed[0]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all its tensors."""
+        return held(vars(self))
 
     def grow(self, slots: int) -> None:
         """Add `slots` slots to every row; what is in the others stays."""
@@ -122,7 +143,7 @@ class Workspace:
         self._children.copy_(children)
         self._logprobs.copy_(logprobs)
         self._hidden.copy_(hidden)
-        self.fresh = False
+        self._observed[0] = True
 
     def kept(self) -> tuple[Tensor, Tensor, Tensor]:
         """What the last `keep` left. Raises RuntimeError where there was none."""
