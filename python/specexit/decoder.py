@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from functools import partial
 from itertools import chain, islice
 from threading import RLock
@@ -105,8 +106,8 @@ class SpecExitDecoder:
         self.ahead = ahead if ahead is not None else int(self.base.device.type == "cuda")
         self.planner = ExitPlanner(draft, tokenizer, self.base.vocab_size)
         self.exit: Exit = self.planner.default() if exit is None else exit
-        self._pool = Pool(self.base, draft, capacity, graph)
         self._lock = RLock()  # the model is attached to one batch at a time
+        self._pool = Pool(self.base, draft, capacity, graph, self._lock)
         if exit is None and tokenizer is None and draft is not None and draft.signals:
             warnings.warn(
                 "the draft has exit signals, but without a tokenizer nothing tells where thinking and its paragraphs "
@@ -321,8 +322,7 @@ class SpecExitDecoder:
 
     def release(self) -> None:
         """Give back the memory that is kept for the next call; weights stay."""
-        with self._lock:
-            self._pool.release()
+        self._pool.release()
 
     def _call(self, exit: Exit | None, tree: TreeConfig | None, slots: int) -> Call:
         exit = self.exit if exit is None else exit
@@ -387,11 +387,12 @@ class SpecExitDecoder:
 
     def _complete(self, call: Call, jobs: Iterator[Job]) -> Iterator[Completion]:
         """Decode jobs and yield what has ended. Between two results the decoder is free for other calls."""
-        with self._lock:
-            first = next(jobs, None)
-        if first is None:
-            return
-        with self._pool.take(call, first.length) as engine:
+        with ExitStack() as stack:
+            with self._lock:  # what the first job selects of the draft holds until its engine is made
+                first = next(jobs, None)
+                if first is None:
+                    return
+                engine = stack.enter_context(self._pool.take(call, first.length))
             loop = Loop(engine, chain([first], jobs), call.ahead(self.ahead))
             while True:
                 with self._lock, engine.active():

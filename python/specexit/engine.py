@@ -199,7 +199,7 @@ class Engine:
         before = self.slots
         if slots <= before:
             return True
-        free = available(self.base.device) - 2**28  # something of it will be in pieces
+        free = 0.9 * available(self.base.device)  # some of it is in pieces, and the draft takes some
         for wanted in (round_up(max(slots, before + before // 2), self.bucket), round_up(slots, self.bucket)):
             # The old memory of a layer is given back when the new one is filled.
             if (wanted - before) * self.form.batch * self.base.slot_bytes < free:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from threading import RLock
 
 import torch
 from torch import nn
@@ -19,10 +20,12 @@ from specexit.memory import Memory, held
 class Pool:
     """keep   keep the last engine that was given back
     graph  capture steps where the device can
+    lock   that the decoder's calls take turns by
     """
 
-    def __init__(self, base: BaseModel, draft: Draft | None, capacity: int | None, graph: bool) -> None:
+    def __init__(self, base: BaseModel, draft: Draft | None, capacity: int | None, graph: bool, lock: RLock) -> None:
         self.base = base
+        self.lock = lock
         self.draft = draft
         self.capacity = capacity
         self.keep = base.device.type == "cuda"
@@ -36,31 +39,31 @@ class Pool:
 
     @contextmanager
     def take(self, call: Call, longest: int) -> Iterator[Engine]:
-        """An engine for a call whose longest prompt so far has so many tokens; nobody else has it inside the
-        block. After an error it is not used again."""
-        weights = self._fingerprint()
-        engine = self._reuse(call, weights) or self._new(call, longest)
-        self._taken.append(engine)
+        """An engine for a call whose longest prompt so far has so many tokens; nobody else has it inside the block,
+        which leaves its slots empty. After an error it is not used again."""
+        with self.lock:
+            weights = self._fingerprint()
+            engine = self._reuse(call, weights) or self._new(call, longest)
+            self._taken.append(engine)
+        done = False
         try:
             yield engine
-        except BaseException:
-            engine.close()
-            raise
-        else:
-            if self.keep and not call.processed:
-                self.release()
-                engine.park(range(call.slots))
-                self._kept = weights, engine
-            else:
-                engine.close()
+            done = True
         finally:
-            self._taken.remove(engine)
+            with self.lock:
+                self._taken.remove(engine)
+                if done and self.keep and not call.processed:
+                    self.release()
+                    self._kept = weights, engine
+                else:
+                    engine.close()
 
     def release(self) -> None:
         """Give back the memory of the engine that is kept."""
-        if self._kept is not None:
-            self._kept[1].close()
-        self._kept = None
+        with self.lock:
+            if self._kept is not None:
+                self._kept[1].close()
+            self._kept = None
 
     def memory(self) -> Memory:
         """Of the engines in use and the one that is kept."""

@@ -1,0 +1,269 @@
+"""`generate_many`: any number of prompts through a few slots, each text as if it were decoded alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import count, pairwise
+from typing import Any
+
+import pytest
+import torch
+from test_replay import Recording, recorded
+from tiny_models import VOCAB, tiny_model
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, StoppingCriteria, StoppingCriteriaList
+
+from specexit import Completion, ExitConfig, SpecExitDecoder, TreeConfig
+from specexit.bundled import bundled_pair, load_problems
+from specexit.sampling import row_seeds
+
+__all__ = ["recorded"]  # a fixture
+TREES = {
+    "plain": TreeConfig.none(),
+    "chain": TreeConfig.chain(4),
+    "tree": TreeConfig(nodes=20, depth=4, top_k=4),
+}
+NEW = 48
+
+
+@pytest.fixture(scope="module")
+def pair() -> tuple[Any, Any]:
+    where = bundled_pair()
+    model = AutoModelForCausalLM.from_pretrained(where.base, dtype=torch.float32)
+    return model, AutoTokenizer.from_pretrained(where.base)
+
+
+def make(pair: tuple[Any, Any], **options: Any) -> SpecExitDecoder:
+    return SpecExitDecoder.from_pretrained(pair[0], bundled_pair().draft, tokenizer=pair[1], **options)
+
+
+def ragged(tokenizer: Any, number: int, rng: torch.Generator) -> list[list[int]]:
+    """Problems, whole or in part, so that lengths from one token up occur."""
+    chats = []
+    for problem in load_problems("test")[:number]:
+        chat = [{"role": "user", "content": problem.question}]
+        ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)["input_ids"]
+        cut = int(torch.randint(4, (), generator=rng))
+        first = int(torch.randint(len(ids), (), generator=rng)) if cut == 0 else 0
+        chats.append(ids[first:])
+    chats[1] = chats[1][-1:]
+    return chats
+
+
+def one_by_one(
+    decoder: SpecExitDecoder, prompts: Sequence[Sequence[int]], seed: int | None = None, **options: Any
+) -> list[Completion]:
+    seeds = [None] * len(prompts) if seed is None else [[value] for value in row_seeds(seed, len(prompts))]
+    found = []
+    for index, prompt in enumerate(prompts):
+        out = decoder.generate(torch.tensor([prompt]), seed=seeds[index], **options)
+        found.append(Completion(index, out.new_tokens[0], out.stats[0]))
+    return found
+
+
+def texts(completions: Sequence[Completion]) -> list[tuple[Any, ...]]:
+    """Everything that does not depend on how tokens were speculated, by prompt."""
+    return [
+        (c.index, c.new_tokens, c.stats.finish_reason, c.stats.exit_position, c.stats.thinking_tokens)
+        for c in sorted(completions, key=lambda c: c.index)
+    ]
+
+
+@pytest.mark.parametrize("ahead", [0, 1, 3])
+def test_many_ragged_prompts_in_five_slots(pair: tuple[Any, Any], ahead: int, rng: torch.Generator) -> None:
+    decoder = make(pair, ahead=ahead)
+    prompts = ragged(pair[1], 64, rng)
+    options = {"max_new_tokens": NEW, "temperature": 0.0}
+    expected = one_by_one(decoder, prompts, **options)
+    found = list(decoder.generate_many(iter(prompts), slots=5, **options))
+    assert texts(found) == texts(expected)
+    assert any(c.index > d.index for c, d in pairwise(found)), "none overtook another"
+
+
+@pytest.mark.parametrize("tree", TREES.values(), ids=TREES)
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+def test_trees_sampling_and_exits(
+    pair: tuple[Any, Any], tree: TreeConfig, temperature: float, rng: torch.Generator
+) -> None:
+    decoder = make(pair, tree=tree, ahead=2)
+    prompts = ragged(pair[1], 12, rng)
+    options = {"max_new_tokens": 200 if tree.nodes > 1 else 40, "temperature": temperature, "top_k": 20, "seed": 7}
+    expected = one_by_one(decoder, prompts, **options)
+    found = list(decoder.generate_many([torch.tensor(prompt) for prompt in prompts], slots=3, **options))
+    assert texts(found) == texts(expected)
+    if tree.nodes > 1 and temperature == 0:
+        assert any(c.stats.exit_position is not None for c in found)
+        assert any(c.stats.trace is not None and c.stats.trace.positions for c in found)
+
+
+def test_recorded_steps(pair: tuple[Any, Any], recorded: None, rng: torch.Generator) -> None:
+    """Prompts join a step that was recorded before they were there, and the next call finds it again."""
+    prompts = ragged(pair[1], 12, rng)
+    options = {"max_new_tokens": 100, "temperature": 0.0}
+    expected = texts(one_by_one(make(pair, graph=False), prompts, **options))
+    decoder = make(pair)
+    decoder._pool.keep = True
+    for call in range(3):
+        assert texts(list(decoder.generate_many(prompts, slots=4, **options))) == expected, call
+    assert Recording.replays > 50
+    kept = decoder.memory()
+    assert kept.slots[0] == 4
+    assert kept.cache == 4 * kept.slots[1] * decoder.base.slot_bytes
+    # Another temperature is another step.
+    sampled = {**options, "temperature": 0.7, "seed": 3}
+    expected = texts(one_by_one(make(pair, graph=False), prompts[:3], **sampled))
+    assert texts(list(decoder.generate_many(prompts[:3], slots=4, **sampled))) == expected
+    decoder.release()
+    assert decoder.memory().cache == decoder.memory().buffers == 0
+
+
+def test_the_cache_grows_while_steps_are_recorded(
+    pair: tuple[Any, Any], recorded: None, monkeypatch: pytest.MonkeyPatch, rng: torch.Generator
+) -> None:
+    prompts = sorted(ragged(pair[1], 10, rng), key=len)
+    options = {"max_new_tokens": 150, "temperature": 0.0, "exit": ExitConfig.off()}
+    expected = texts(one_by_one(make(pair, graph=False), prompts, **options))
+    for module in ("engine", "pool"):
+        monkeypatch.setattr(f"specexit.{module}.slot_bucket", lambda device: 8)
+    decoder = make(pair, ahead=2)
+    assert texts(list(decoder.generate_many(prompts, slots=3, **options))) == expected
+    assert Recording.replays > 20
+
+
+def test_a_batch_is_recorded_like_many(pair: tuple[Any, Any], recorded: None, rng: torch.Generator) -> None:
+    """A kept engine serves other thresholds, seeds and limits: they are values, not parts of the step."""
+    prompts = [prompt[-20:] for prompt in ragged(pair[1], 4, rng) if len(prompt) >= 20][:2]
+    ids = torch.tensor(prompts)
+    plain, decoder = make(pair, graph=False), make(pair)
+    decoder._pool.keep = True
+    engines = set()
+    for confidence, seed, new in ((0.5, 1, 60), (0.99, 2, 90), (0.2, 3, 120)):
+        rule = ExitConfig(confidence=confidence, progress=None, remaining=None)
+        options = {"max_new_tokens": new, "temperature": 0.5, "seed": seed, "exit": rule}
+        assert decoder.generate(ids, **options).new_tokens == plain.generate(ids, **options).new_tokens
+        assert decoder._pool._kept is not None
+        engines.add(id(decoder._pool._kept[1]))
+    assert len(engines) == 1
+
+
+def test_prompts_are_taken_when_there_is_room(pair: tuple[Any, Any], rng: torch.Generator) -> None:
+    """An endless source is fine."""
+    prompts, taken = ragged(pair[1], 6, rng), []
+
+    def endless() -> Iterator[list[int]]:
+        for index in count():
+            taken.append(index)
+            yield prompts[index % 6]
+
+    decoder = make(pair)
+    results = decoder.generate_many(endless(), slots=3, max_new_tokens=8, temperature=0.0)
+    assert not taken, "nothing is decoded before the first result is asked for"
+    for seen, _ in zip(range(10), results, strict=False):
+        assert len(taken) <= seen + 1 + 3
+    results.close()
+    assert decoder.memory().cache == 0
+
+
+def test_other_calls_in_between(pair: tuple[Any, Any], rng: torch.Generator) -> None:
+    decoder = make(pair)
+    prompts = ragged(pair[1], 8, rng)
+    options = {"max_new_tokens": 30, "temperature": 0.0}
+    expected = one_by_one(decoder, prompts, **options)
+    found = []
+    for completion in decoder.generate_many(prompts, slots=2, **options):
+        found.append(completion)
+        again = decoder.generate(torch.tensor([prompts[0]]), tree=TreeConfig.chain(2), exit=ExitConfig.off(), **options)
+        assert len(again.new_tokens[0]) <= 30
+        inner = decoder.generate_many(prompts[:2], slots=1, **options)
+        assert texts([next(inner)]) == texts(expected[:1])
+        plain = decoder.model.generate(torch.tensor([prompts[0]]), max_new_tokens=30, do_sample=False)
+        assert plain[0, len(prompts[0]) :].tolist() == again.new_tokens[0]
+    assert texts(found) == texts(expected)
+
+
+class Multiple(StoppingCriteria):
+    """Stops a text whose length, the prompt's included, is a multiple of 11."""
+
+    def __call__(self, input_ids: Tensor, scores: Tensor | None, **kwargs: Any) -> Tensor:
+        return torch.tensor([input_ids.shape[1] % 11 == 0] * len(input_ids))
+
+
+@pytest.mark.parametrize("ahead", [0, 2])
+def test_criteria_and_processors(pair: tuple[Any, Any], ahead: int, rng: torch.Generator) -> None:
+    decoder = make(pair, ahead=ahead)
+    prompts = ragged(pair[1], 9, rng)
+    for extra in ({"stopping_criteria": StoppingCriteriaList([Multiple()])}, {}):
+        options = {"max_new_tokens": 40, "temperature": 0.0, **extra}
+        if not extra:
+            decoder.model.generation_config.repetition_penalty = 1.3
+        try:
+            expected = one_by_one(decoder, prompts, **options)
+            found = list(decoder.generate_many(prompts, slots=4, **options))
+        finally:
+            decoder.model.generation_config.repetition_penalty = None
+        assert texts(found) == texts(expected)
+        reasons = {c.stats.finish_reason for c in found}
+        assert ("criteria" in reasons) == bool(extra)
+
+
+def test_a_bad_prompt_raises_when_the_others_have_ended(pair: tuple[Any, Any], rng: torch.Generator) -> None:
+    decoder = make(pair)
+    prompts = ragged(pair[1], 5, rng)
+    options = {"max_new_tokens": 20, "temperature": 0.0}
+    expected = texts(one_by_one(decoder, prompts, **options))
+    found: list[Completion] = []
+    bad: list[Any] = [*prompts, [3, 10**6], *prompts]
+    with pytest.raises(ValueError, match=r"prompts\[5\] must be in \[0, "):
+        found.extend(decoder.generate_many(bad, slots=2, **options))  # extend keeps what came before the error
+    assert texts(found) == expected
+
+
+@pytest.mark.parametrize(
+    ("prompt", "error", "message"),
+    [
+        ("text", TypeError, r"prompts\[0\] must be ids or a tensor of them, was str"),
+        (3, TypeError, r"prompts\[0\] must be ids or a tensor of them, was int"),
+        ([1.5], TypeError, r"prompts\[0\] must hold ints, was float"),
+        ([], ValueError, r"prompts\[0\] must hold at least one token"),
+        (torch.ones(3), TypeError, r"prompts\[0\] must hold integers, was torch.float32"),
+        (torch.ones(2, 3, dtype=torch.long), ValueError, r"prompts\[0\] must be \[P\] or \[1, P\], was \[2, 3\]"),
+    ],
+)
+def test_what_is_no_prompt(pair: tuple[Any, Any], prompt: Any, error: type, message: str) -> None:
+    with pytest.raises(error, match=message):
+        list(make(pair).generate_many([prompt]))
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"slots": 0}, ValueError, "slots must be"),
+        ({"slots": 2.0}, TypeError, "slots must be"),
+        ({"max_new_tokens": 0}, ValueError, "max_new_tokens must be"),
+        ({"exit": [ExitConfig.off()]}, TypeError, "exit must be one ExitConfig for all prompts, was list"),
+        ({"tree": 3}, TypeError, "tree must be a TreeConfig"),
+        ({"seed": "x"}, TypeError, "seed must be"),
+    ],
+)
+def test_wrong_options_are_refused_at_once(
+    pair: tuple[Any, Any], options: dict[str, Any], error: type, message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        make(pair).generate_many([[1]], **options)
+
+
+def test_too_few_seeds(pair: tuple[Any, Any]) -> None:
+    options = {"max_new_tokens": 4, "temperature": 1.0}
+    results = make(pair).generate_many([[3], [4], [5]], slots=1, seed=[1, 2], **options)
+    assert len([next(results), next(results)]) == 2
+    with pytest.raises(ValueError, match="seed must be one int or one a prompt, was 2 of them for more prompts"):
+        next(results)
+
+
+def test_no_prompts_and_no_draft(rng: torch.Generator) -> None:
+    decoder = SpecExitDecoder(tiny_model("llama"), exit=ExitConfig.off())
+    assert list(decoder.generate_many([])) == []
+    prompts = [torch.randint(3, VOCAB, (n,), generator=rng).tolist() for n in (1, 7, 1, 3, 12)]
+    options = {"max_new_tokens": 10, "temperature": 0.0}
+    found = list(decoder.generate_many(prompts, slots=2, **options))
+    assert texts(found) == texts(one_by_one(decoder, prompts, **options))
