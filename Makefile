@@ -5,21 +5,22 @@
 #   make test        lint, and the tests that take seconds each
 #   make test-full   every test
 #   make lint        ruff and mypy
-#   make bench       a decode step, part by part, tree attention, the draft's head, the small ops, on this machine
-#   make bench-full  tree attention, the draft's head and the small ops in every shape, for a GPU: hours
+#   make bench       every benchmark on this machine; on a CPU in tiny shapes, which say nothing of a GPU
+#   make bench-full  every cell of every benchmark, for a GPU: hours
 #   make aot         the kernels as compiled for GPUs that need not be here: registers, spills; aot-full: all variants
-#   make gpu         on a machine with an NVIDIA GPU: build, test, measure, try (benchmarks/README.md)
+#   make gpu         on a machine with an NVIDIA GPU: build, test, measure (benchmarks/README.md)
+#   make results     benchmarks/RESULTS.md from what `make gpu` has written
 #   make clean       remove what was built, and the virtual environment
 
 PYTHON ?= python3
-PARTS ?= build,tests,sanitizer,tree_attention,draft_head,step_ops,demo
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 PYTEST := $(BIN)/python -P -m pytest --numprocesses auto --maxprocesses 4
 INSTALLED := $(VENV)/.installed
+BENCHMARKS := step scaling tree_attention draft_head step_ops end_to_end
 
-.PHONY: run test test-full lint bench bench-full aot aot-full gpu clean
+.PHONY: run test test-full lint bench bench-full aot aot-full gpu results clean
 .DELETE_ON_ERROR:
 
 run: $(INSTALLED)
@@ -38,16 +39,11 @@ lint: $(INSTALLED)
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
-bench: $(INSTALLED)
-	$(BIN)/python benchmarks/bench_step.py
-	$(BIN)/python benchmarks/bench_tree_attention.py
-	$(BIN)/python benchmarks/bench_draft_head.py
-	$(BIN)/python benchmarks/bench_step_ops.py
-
-bench-full: $(INSTALLED)
-	$(BIN)/python benchmarks/bench_tree_attention.py --all
-	$(BIN)/python benchmarks/bench_draft_head.py --all
-	$(BIN)/python benchmarks/bench_step_ops.py --all
+# One that fails does not stop the others.
+bench bench-full: $(INSTALLED)
+	@status=0; for name in $(BENCHMARKS); do \
+	  $(BIN)/python benchmarks/bench_$$name.py $(if $(filter bench-full,$@),--all) || status=1; \
+	done; exit $$status
 
 aot: $(INSTALLED)
 	$(BIN)/python benchmarks/aot_native.py
@@ -58,7 +54,10 @@ aot-full: $(INSTALLED)
 
 # The system's Python, which has torch for this GPU already; nothing is installed or downloaded.
 gpu:
-	$(PYTHON) benchmarks/gpu.py --parts $(PARTS) $(if $(COMMIT),--commit $(COMMIT))
+	$(PYTHON) benchmarks/gpu.py $(if $(PARTS),--parts $(PARTS)) $(if $(RESUME),--resume) $(if $(COMMIT),--commit $(COMMIT))
+
+results: $(INSTALLED)
+	$(BIN)/python benchmarks/results_page.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info specexit_kernels/_C.*.so

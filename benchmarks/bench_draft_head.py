@@ -1,6 +1,6 @@
 """The draft's head against PyTorch, in one run: microseconds, and the fraction of the floor.
 
-    python benchmarks/bench_draft_head.py                    # a dozen cells, about a minute on a GPU
+    python benchmarks/bench_draft_head.py                    # a dozen cells, under a minute on a GPU
     python benchmarks/bench_draft_head.py --all              # every cell, compiled with autotuning too: hours
     python benchmarks/bench_draft_head.py --device cpu       # tiny cells, to try the script anywhere
     python benchmarks/bench_draft_head.py --model            # arithmetic only: no GPU, nothing measured
@@ -42,7 +42,7 @@ def main() -> int:
             all=ALL,
             cpu=CPU,
             goals=len(SUBSET),  # all cells have the quick peers before any is compiled
-            budget=45,
+            budget=33,
             show=head_model.show,
         )
     )

@@ -1,6 +1,6 @@
 """Tree attention against SDPA, FlexAttention and FlashInfer, in one run: microseconds, and the fraction of the floor.
 
-    python benchmarks/bench_tree_attention.py                    # a dozen cells, under 90 seconds on a GPU
+    python benchmarks/bench_tree_attention.py                    # a dozen cells, under a minute on a GPU
     python benchmarks/bench_tree_attention.py --all              # every cell that fits in memory: hours
     python benchmarks/bench_tree_attention.py --device cpu       # tiny cells, to try the script anywhere
     python benchmarks/bench_tree_attention.py --model            # arithmetic only: no GPU, nothing measured
@@ -43,7 +43,7 @@ def main() -> int:
             all=ALL,
             cpu=CPU,
             goals=GOALS,
-            budget=65,
+            budget=48,
             show=attention_model.show,
         )
     )

@@ -1,35 +1,43 @@
-"""Build, test and try the package on this machine's NVIDIA GPU: offline, in under nine minutes.
+"""Build, test and measure the package on this machine's NVIDIA GPU: offline, in under nine minutes.
 
-    python3 benchmarks/gpu.py --parts build,tests,sanitizer,tree_attention,draft_head,step_ops,demo
+    python3 benchmarks/gpu.py                          # every part
+    python3 benchmarks/gpu.py --parts tests,step_ops   # some
+    python3 benchmarks/gpu.py --resume                 # those that have not passed yet
 
 It uses the Python that runs it, with the torch that is there, and installs nothing. Each part has a time limit of its
-own; when one fails the others still run. The results go to benchmarks/results/<gpu>.json (benchmarks/README.md).
-Exit status: 0 all parts passed, 1 one did not, 2 there is no GPU or the arguments are wrong.
+own; when one fails the others still run. After each part its results are in benchmarks/results/<gpu>.json
+(benchmarks/README.md), beside those that other runs of the same commit have left there.
+Exit status: 0 all parts that were asked for have passed, 1 one has not, or the file is not as its schema has it, 2
+there is no GPU or the arguments are wrong.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
-import re
-import shutil
 import signal
 import subprocess
 import sys
 import time
 import xml.etree.ElementTree as ET
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that the script can be run by its path
+
+from benchmarks import results_file
+
+ROOT = results_file.ROOT
 LOGS = ROOT / "build" / "gpu"
-RESULTS = ROOT / "benchmarks" / "results"
+RESULTS = results_file.FOLDER
 TIME_LIMIT = 520  # seconds, all parts together; ten more are left for ending the last one, and ten for the questions
 GRACE = 10  # seconds that an interrupted part has to report what it found; pytest does
 TAIL = 40  # lines of a failed part's log that are shown
@@ -75,9 +83,6 @@ def read_json(name: str) -> Any:
     return json.loads((LOGS / f"{name}.json").read_text())
 
 
-read_demo, read_sanitizer = partial(read_json, "demo"), partial(read_json, "sanitizer")
-
-
 def read_benchmark(name: str) -> Any:
     """The report of a benchmark. Raises ValueError where ours has a time in no cell."""
     report = read_json(name)
@@ -86,27 +91,24 @@ def read_benchmark(name: str) -> Any:
     return report
 
 
-def benchmark(name: str, limit: float) -> Part:
-    """The part that runs bench_<name>.py."""
-    command = (sys.executable, f"benchmarks/bench_{name}.py", f"--json={LOGS / name}.json")
-    return Part(command, limit, partial(read_benchmark, name))
+def script(name: str, file: str, limit: float, read: Callable[[str], Any]) -> Part:
+    """The part that runs a script of this folder, which writes its report with --json."""
+    return Part((sys.executable, f"benchmarks/{file}", f"--json={LOGS / name}.json"), limit, partial(read, name))
 
 
-# The limits add up to TIME_LIMIT.
+# The limits add up to TIME_LIMIT. What Triton and Inductor compile stays in their caches, which nothing here empties.
 PARTS = {
     "build": Part((sys.executable, "setup.py", "build_ext", "--inplace"), 50),
     "tests": Part(  # in eight processes: most of the time goes into compiling kernels
-        (sys.executable, "-m", "pytest", "tests/gpu", "-n", "8", f"--junitxml={LOGS / 'tests.xml'}"), 160, count_tests
+        (sys.executable, "-m", "pytest", "tests/gpu", "-n", "8", f"--junitxml={LOGS / 'tests.xml'}"), 140, count_tests
     ),
-    "sanitizer": Part(
-        (sys.executable, "benchmarks/sanitize.py", f"--json={LOGS / 'sanitizer.json'}"), 60, read_sanitizer
-    ),
-    "tree_attention": benchmark("tree_attention", 75),
-    "draft_head": benchmark("draft_head", 60),
-    "step_ops": benchmark("step_ops", 50),
-    "demo": Part(
-        (sys.executable, "-m", "specexit", "demo", "--problems=8", f"--json={LOGS / 'demo.json'}"), 65, read_demo
-    ),
+    "sanitizer": script("sanitizer", "sanitize.py", 45, read_json),
+    "tree_attention": script("tree_attention", "bench_tree_attention.py", 60, read_benchmark),
+    "draft_head": script("draft_head", "bench_draft_head.py", 45, read_benchmark),
+    "step_ops": script("step_ops", "bench_step_ops.py", 35, read_benchmark),
+    "step": script("step", "bench_step.py", 75, read_benchmark),
+    "scaling": script("scaling", "bench_scaling.py", 25, read_benchmark),
+    "end_to_end": script("end_to_end", "bench_end_to_end.py", 45, read_json),
 }
 
 
@@ -115,6 +117,9 @@ def run(name: str, part: Part, limit: float) -> dict[str, Any]:
 
     Returns its status ("passed", "failed" or "timed out"), seconds, and what it reported as `result`.
     """
+    LOGS.mkdir(parents=True, exist_ok=True)
+    for old in LOGS.glob(f"{name}.*"):  # an earlier run's report must not be read as this one's
+        old.unlink()
     out, err = LOGS / f"{name}.out", LOGS / f"{name}.err"
     print(f"{name}: {' '.join(part.command)}", flush=True)
     start = time.monotonic()
@@ -125,8 +130,10 @@ def run(name: str, part: Part, limit: float) -> dict[str, Any]:
         try:
             status = "failed" if process.wait(timeout=limit) else "passed"
         except subprocess.TimeoutExpired:
-            end(process)
             status = "timed out"
+        finally:
+            if process.returncode is None:  # also where this run is cut off
+                end(process)
     report: dict[str, Any] = {"status": status, "seconds": round(time.monotonic() - start, 1)}
     if part.read:
         try:
@@ -150,28 +157,28 @@ def end(process: subprocess.Popen[Any]) -> None:
     process.wait()
 
 
-def run_all(names: Sequence[str], parts: dict[str, Part], time_limit: float) -> dict[str, dict[str, Any]]:
-    """Run the parts in order, each within its own limit and what is left of `time_limit` seconds."""
-    shutil.rmtree(LOGS, ignore_errors=True)  # an earlier run's report must not be read as this one's
-    LOGS.mkdir(parents=True)
+def run_all(names: Sequence[str], parts: dict[str, Part], time_limit: float) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Run the parts in order, each within its own limit and what is left of `time_limit` seconds; a part's name and
+    report as soon as it ends."""
     deadline = time.monotonic() + time_limit
-    reports: dict[str, dict[str, Any]] = {}
     for name in names:
         left = deadline - time.monotonic()
-        if left <= 0:
-            reports[name] = {"status": "timed out", "seconds": 0.0, "error": "no time was left for it"}
-            continue
-        reports[name] = run(name, parts[name], min(parts[name].limit, left))
-    return reports
+        if left > 0:
+            yield name, run(name, parts[name], min(parts[name].limit, left))
+        else:
+            yield name, {"status": "timed out", "seconds": 0.0, "error": "no time was left for it"}
 
 
-def table(reports: dict[str, dict[str, Any]]) -> str:
-    """One line a part: status, seconds, and what the tests counted."""
+def table(results: results_file.Results, ran: Sequence[str]) -> str:
+    """One line a part: status, seconds, what the tests counted, and of those not in `ran` when they ran."""
     lines = [f"{'part':<16}{'status':<11}{'seconds':>8}"]
-    for name, report in reports.items():
-        counts = report.get("result") if name == "tests" else None
-        detail = ", ".join(f"{n} {what}" for what, n in counts.items()) if counts else report.get("error", "")
-        lines.append(f"{name:<16}{report['status']:<11}{report['seconds']:>8.1f}  {detail}".rstrip())
+    for name in filter(results["parts"].get, PARTS):
+        part = results["parts"][name]
+        counts = results_file.report_of(results, name) if name == "tests" else None
+        detail = ", ".join(f"{n} {what}" for what, n in counts.items()) if counts else part.get("error", "")
+        when = "" if name in ran else f"ran at {part['date']}"
+        detail = "; ".join(filter(None, (detail, when)))
+        lines.append(f"{name:<16}{part['status']:<11}{part['seconds']:>8.1f}  {detail}".rstrip())
     return "\n".join(lines)
 
 
@@ -192,46 +199,87 @@ def package_environment() -> Any:
     return json.loads(output) if output else None
 
 
-def gpu_name() -> str:
-    """Name of the first GPU. Raises RuntimeError where torch sees none."""
+def working_tree() -> str | None:
+    """The commit that is checked out, with `-dirty-` and a digest where tracked files differ; None outside of git."""
+    commit = answer("git", "rev-parse", "HEAD")
+    if commit is None:
+        return None
+    made = (":(exclude)benchmarks/results", ":(exclude)benchmarks/RESULTS.md")  # by the runs themselves
+    changes = answer("git", "diff", "HEAD", "--binary", "--", ".", *made)
+    return f"{commit}-dirty-{hashlib.sha256(changes.encode()).hexdigest()[:12]}" if changes else commit
+
+
+def identity(commit: str | None) -> dict[str, str | None]:
+    """What the results will be of: the first GPU, the driver, versions, `commit` or else the one that is checked out.
+
+    Raises RuntimeError where torch sees no GPU.
+    """
     try:
         import torch
     except ImportError as error:
         raise RuntimeError(f"{sys.executable} has no torch ({error}); name another with PYTHON=") from error
     if not torch.cuda.is_available():
         raise RuntimeError(f"torch {torch.__version__} of {sys.executable} sees none")
-    return str(torch.cuda.get_device_name(0))
+    triton = None
+    with suppress(metadata.PackageNotFoundError):
+        triton = metadata.version("triton")
+    return {
+        "gpu": torch.cuda.get_device_name(0),
+        "driver": answer("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"),
+        "torch": str(torch.__version__),
+        "triton": triton,
+        "commit": commit or working_tree(),
+    }
+
+
+def passed(results: results_file.Results, name: str) -> bool:
+    """Whether a part has passed. What a build has left can be gone: the file may come from another machine."""
+    part = results["parts"].get(name, {})
+    return part.get("status") == "passed" and (name != "build" or any(ROOT.glob("specexit_kernels/_C.*.so")))
+
+
+def violations(results: results_file.Results) -> list[str]:
+    """What the file has against its schema, which a machine without jsonschema cannot say."""
+    try:
+        return results_file.violations(results)
+    except ImportError:
+        print("not compared with results.schema.json: jsonschema is not installed")
+        return []
 
 
 def main() -> int:
-    """Run the parts that are asked for, write the results, print the table."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else None)
+    """Run the parts that are asked for, write the results after each, print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", default=",".join(PARTS), help="comma-separated; default: %(default)s")
-    parser.add_argument("--commit", help="what is measured, where this is no git checkout")
+    parser.add_argument("--resume", action="store_true", help="only those that have not passed yet, of this commit")
+    parser.add_argument("--commit", help="what is measured, 40 hex digits, where this is no git checkout")
     arguments = parser.parse_args()
     names = arguments.parts.split(",")
     if unknown := [name for name in names if name not in PARTS]:
         parser.error(f"--parts must be of {', '.join(PARTS)}, was {', '.join(unknown)}")
+    if arguments.commit and not results_file.COMMIT.fullmatch(arguments.commit):
+        parser.error(f"--commit must be 40 hex digits, perhaps with -dirty, was {arguments.commit}")
     try:
-        gpu = gpu_name()
+        measured = identity(arguments.commit)
     except RuntimeError as error:
         print(f"an NVIDIA GPU is needed: {error}", file=sys.stderr)
         return 2
 
-    reports = run_all(names, PARTS, TIME_LIMIT)
-    results = {
-        "gpu": gpu,
-        "driver": answer("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"),
-        "commit": arguments.commit or answer("git", "describe", "--always", "--abbrev=40", "--dirty"),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "environment": package_environment(),
-        "parts": reports,
-    }
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{re.sub(r'[^a-z0-9]+', '-', gpu.lower()).strip('-')}.json"
-    path.write_text(json.dumps(results, indent=2) + "\n")
-    print(f"\n{gpu}, commit {results['commit']}: {path}\n{table(reports)}")
-    return int(any(report["status"] != "passed" for report in reports.values()))
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the part that runs then ends too
+    path = results_file.path_of(str(measured["gpu"]), RESULTS)
+    results = results_file.begin(measured, path)
+    todo = [name for name in names if not (arguments.resume and passed(results, name))]
+    environment = None
+    for name, report in run_all(todo, PARTS, TIME_LIMIT):
+        if environment is None or name == "build":  # which makes the native module
+            environment = package_environment()
+        results["environment"] = environment
+        results_file.record(results, name, report, datetime.now(UTC).isoformat(timespec="seconds"))
+        results_file.save(results, path)
+    print(f"\n{measured['gpu']}, commit {measured['commit']}: {path}\n{table(results, todo)}")
+    wrong = violations(results) if todo else []
+    print("".join(f"against results.schema.json: {line}\n" for line in wrong), end="")
+    return int(bool(wrong) or any(results["parts"][name]["status"] != "passed" for name in names))
 
 
 if __name__ == "__main__":

@@ -44,6 +44,7 @@ def test_writes_a_report_with_a_time_for_each_implementation(bench, monkeypatch,
     assert run_script(bench, monkeypatch, "--device=cpu", "--budget=100000", f"--json={path}") == 0
     report = json.loads(path.read_text())
     assert list(report) == ["device", "dtype", "torch", "ours", "ceilings", "cells"]
+    assert load_script("results_file").violations(report, "draft_head") == []
     assert (report["device"], report["dtype"], report["ours"]) == ("cpu", "float32", "torch")
     assert [cell["op"] for cell in report["cells"]] == ["draft_topk", "draft_topk", "level", "project_features"]
     for cell in report["cells"]:

@@ -55,6 +55,7 @@ def test_writes_a_report_with_a_time_for_each_implementation(bench, monkeypatch,
     assert run_script(bench, monkeypatch, "--device=cpu", "--budget=100000", f"--json={path}") == 0
     report = json.loads(path.read_text())
     assert list(report) == ["device", "dtype", "torch", "ours", "ceilings", "cells"]
+    assert load_script("results_file").violations(report, "step_ops") == []
     assert (report["device"], report["dtype"]) == ("cpu", "float32")
     assert [cell["op"] for cell in report["cells"]] == ["sample_targets"] * 5 + list(OPS)
     for cell in report["cells"]:

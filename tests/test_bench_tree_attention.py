@@ -43,6 +43,7 @@ def test_writes_a_report_with_a_time_for_each_implementation(bench, small, monke
     assert run_script(bench, monkeypatch, "--device=cpu", "--budget=100000", f"--json={path}") == 0
     report = json.loads(path.read_text())
     assert list(report) == ["device", "dtype", "torch", "ours", "ceilings", "cells"]
+    assert load_script("results_file").violations(report, "tree_attention") == []
     assert (report["device"], report["dtype"], report["ours"]) == ("cpu", "float32", "sdpa")
     assert all(rate > 0 for rate in report["ceilings"].values())
     (cell,) = report["cells"]
