@@ -31,14 +31,14 @@ BENCHMARKS: dict[str, tuple[str, tuple[str, ...]]] = {
     "tree_attention": ("Tree attention", ("model", "nodes", "batch", "length")),
     "draft_head": ("The draft's head", ("op", "model", "batch", "k")),
     "step_ops": ("The step's small ops", ("op", "model", "batch", "nodes", "candidates", "sampling")),
-    "step": ("A decode step", ("model", "batch", "length", "nodes", "depth", "top_k")),
+    "step": ("A decode step", ()),
     "scaling": ("Scaling", ()),
 }
 MODES = {"autoregressive": "`generate`", "speculative": "speculative", "specexit": "speculative + exit"}
 # The keys of every cell and of every result; the others are a cell's shape, and what a benchmark says besides.
 CELL = {"bytes", "flops", "floor_microseconds", "limit", "results"}
 RESULT = {"implementation", "unavailable", "microseconds", "spread", "samples", "calls", "method", "note", "error"}
-RESULT |= {"bytes_per_second", "flops_per_second", "fraction_of_floor", "times_ours"}
+RESULT |= {"bytes_per_second", "flops_per_second", "fraction_of_floor", "times_ours", "parts"}
 
 
 def page(files: Iterable[Results]) -> str:
@@ -102,7 +102,9 @@ def _benchmark(part: str, report: Any) -> Iterator[str]:
     """A row for each cell: its shape, the floor, ours, the peers."""
     title, keys = BENCHMARKS[part]
     cells = report["cells"]
-    shape = keys or tuple(_union(cells, CELL))
+    keys = keys or tuple(_union(cells, CELL))
+    shape = [key for key in keys if len({cell[key] for cell in cells}) > 1] or keys[:1]
+    same = ", ".join(f"{key} {_text(cells[0][key])}" for key in keys if key not in shape)
     peers = _union(({result["implementation"]: 0 for result in cell["results"][1:]} for cell in cells), ())
     notes = _Notes()
     rows = []
@@ -122,9 +124,9 @@ def _benchmark(part: str, report: Any) -> Iterator[str]:
     rates = report["ceilings"]
     yield f"\n### {title}\n"
     yield (
-        f"Medians in µs, {report['dtype']}; ours is `{report['ours']}`, and peers' times are given over it too. The"
-        f" floor is that of the rates measured in the same run: {rates['bytes_per_second'] / 1e12:.2f} TB/s,"
-        f" {rates['flops_per_second'] / 1e12:,.0f} TFLOP/s.\n"
+        f"Medians in µs, {report['dtype']}; ours is `{report['ours']}`, and in brackets is how many times ours a peer"
+        f" takes. The floor is that of the rates measured in the same run: {rates['bytes_per_second'] / 1e12:.2f} TB/s,"
+        f" {rates['flops_per_second'] / 1e12:,.0f} TFLOP/s.{f' In all cells: {same}.' if same else ''}\n"
     )
     numbers = ("floor", "ours", "of floor", *peers)
     yield from _table((*shape, "floor", "limit", "ours", "of floor", *peers), rows, numbers)
@@ -133,24 +135,22 @@ def _benchmark(part: str, report: Any) -> Iterator[str]:
 
 
 def _besides(shape: Sequence[str], cells: Sequence[Any]) -> Iterator[str]:
-    """What a benchmark says of its results besides their times: launches, the parts of a step."""
-    said = [(cell, result) for cell in cells for result in cell["results"] if result.keys() - RESULT]
-    if not said:
-        return
-    keys = _union((result for _, result in said), {*RESULT, "parts"})
-    parts = _union((result.get("parts", {}) for _, result in said), ())
-    rows = [
-        [
-            *(_text(cell[key]) for key in shape),
-            result["implementation"],
-            *(_text(result.get(key)) for key in keys),
-            *(_text(result.get("parts", {}).get(part)) for part in parts),
-        ]
-        for cell, result in said
+    """What a benchmark says of its results besides their times: launches and so on, and the parts of a step."""
+    names = [
+        ([*(_text(cell[key]) for key in shape), result["implementation"]], result)
+        for cell in cells
+        for result in cell["results"]
     ]
-    numbers = (*(key.replace("_", " ") for key in keys), *(f"{part}, µs" for part in parts))
-    yield ""
-    yield from _table((*shape, "implementation", *numbers), rows, numbers)
+    more = [(name, {key: result[key] for key in result if key not in RESULT}) for name, result in names]
+    parts = [(name, result.get("parts") or {}) for name, result in names]
+    assumed = "A step of ours is taken to publish the tokens under *accepted*: that is assumed, not measured."
+    for title, found in ((assumed if "accepted" in cells[0] else "Besides:", more), ("Parts, in µs:", parts)):
+        columns = _union((values for _, values in found), ())
+        rows = [[*name, *(_text(values.get(key)) for key in columns)] for name, values in found if values]
+        if rows:
+            yield f"\n{title}\n"
+            headings = [column.replace("_", " ") for column in columns]
+            yield from _table((*shape, "implementation", *headings), rows, headings)
 
 
 def _end_to_end(report: Any) -> Iterator[str]:
