@@ -56,7 +56,7 @@ class Part:
 
     command  run in the root of the repository
     limit    seconds
-    read     reads the result that the command left in a file; raises OSError or ValueError when it is not there
+    read     reads the result that the command left in a file; raises when it is not there, or is something else
     """
 
     command: Sequence[str]
@@ -138,7 +138,7 @@ def run(name: str, part: Part, limit: float) -> dict[str, Any]:
     if part.read:
         try:
             report["result"] = part.read()
-        except (OSError, ValueError, ET.ParseError) as error:
+        except (OSError, ValueError, LookupError, TypeError, ET.ParseError) as error:
             if status != "timed out":  # which may have left a result, but need not
                 report |= {"status": "failed", "error": f"no result: {error}"}
     if report["status"] != "passed":

@@ -109,6 +109,15 @@ def test_a_benchmark_without_a_time_of_ours_has_failed(gpu, name):
         read()
 
 
+@pytest.mark.parametrize("other", [[], {}, {"cells": None}, {"cells": [{"results": 5}]}])
+def test_a_report_of_another_form_stops_nothing(gpu, other):
+    part = leaves(gpu, "a", other)
+    part = gpu.Part(part.command, part.limit, lambda: gpu.read_benchmark("a"))
+    report = run_all(gpu, {"a": part})["a"]
+    assert report["status"] == "failed"
+    assert report["error"].startswith("no result: ")
+
+
 def test_a_part_without_its_result_has_failed(gpu):
     report = run_all(gpu, {"a": shell(gpu, "true", read=lambda: gpu.read_json("a"))})["a"]
     assert report["status"] == "failed"
