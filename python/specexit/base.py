@@ -47,7 +47,7 @@ class BaseModel:
                 )
         self._features: dict[int, Tensor] = {}  # by layer, of the last forward
         self._forms: list[LayerForm | None] = [None] * count  # of the layers' caches, as `probe` finds them
-        self.waits: list[str] = []  # operations of its forward that wait for the device, as `probe` finds them
+        self._waits: set[str] = set()  # operations of its forward that wait for the device, as `probe` finds them
         self._check = True  # what the model gives the attention, in the first forward of an `attached` block
         self._can_leave_logits_out = "logits_to_keep" in inspect.signature(model.forward).parameters
 
@@ -83,6 +83,16 @@ class BaseModel:
     def slot_bytes(self) -> int:
         """Bytes that a position takes in the cache; 0 before `probe` has seen what the layers keep."""
         return sum(form.nbytes for form in self._forms if form is not None)
+
+    @property
+    def uncapturable(self) -> str | None:
+        """Why a CUDA graph cannot hold the forward, as far as `probe` has seen; None: nothing speaks against it."""
+        if not self._waits:
+            return None
+        reason = f"the forward of {type(self.model).__name__} waits for the device ({', '.join(sorted(self._waits))})"
+        if getattr(self.config, "_experts_implementation", None) == "eager":
+            reason += '; load it with experts_implementation="grouped_mm", whose routing stays on the device'
+        return reason
 
     def new_cache(self, lengths: Tensor, slots: int) -> SlotCache:
         return SlotCache(self._forms, lengths, slots)
@@ -272,7 +282,7 @@ def probe(base: BaseModel) -> None:
         raise ValueError(f"{type(model).__name__} is not supported: it fails over a token tree: {failure}") from failure
     check_windows(base, first.windows)
     base._forms = cache.forms()
-    base.waits = watch.found
+    base._waits = watch.found
     error = ((tree - linear).abs().max() / linear.abs().max()).item()
     if not error <= PROBE_TOLERANCE[linear.dtype]:
         raise ValueError(

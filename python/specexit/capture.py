@@ -137,13 +137,13 @@ def warn_uncaptured(reason: str) -> None:
 class Waits(TorchDispatchMode):
     """Watches for operations on `device_type` that wait for the device, which a graph cannot hold.
 
-    found  the names of those that ran, in order
+    found  the names of those that ran
     """
 
     def __init__(self, device_type: str) -> None:
         super().__init__()
         self.device_type = device_type
-        self.found: list[str] = []
+        self.found: set[str] = set()
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -153,7 +153,7 @@ class Waits(TorchDispatchMode):
         out = func(*args, **kwargs)
         made = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
         if self._here(given) and (waits(func, args) or self._moves(func, args, given, made)):
-            self.found.append(str(func))
+            self.found.add(str(func))
         return out
 
     def _here(self, tensors: Iterable[Tensor]) -> bool:

@@ -84,16 +84,16 @@ class Loop:
         if engine.seat(first, jobs):
             self._ring.push(engine.published, tuple(job if job in jobs else None for job in self.seats))
 
-    def _needed(self, jobs: Iterable[Job | None], unread: int = 0) -> int:
-        """Slots for the next tree of these, as far as they may have come in `unread` steps."""
+    def _needed(self, jobs: Iterable[Job | None], steps: int = 0) -> int:
+        """Slots for a tree of these when they have come as far as they can in `steps` steps."""
         tree = self.engine.form.tree
-        unread *= tree.max_depth + 1
-        return max(min(job.length + unread, job.limit) for job in jobs if job is not None) - 1 + tree.nodes
+        most = steps * (tree.max_depth + 1)
+        return max(min(job.length + most, job.limit) for job in jobs if job is not None) - 1 + tree.nodes
 
     def _reserve(self) -> None:
-        """Room for the next tree of every row; where memory is short, rows end where the slots that there are do."""
+        """Room for the tree after the next step of every row; where memory is short, rows end where the slots do."""
         engine = self.engine
-        if not engine.reserve(self._needed(self.seats, len(self._ring))):
+        if not engine.reserve(self._needed(self.seats, len(self._ring) + 1)):
             most = engine.slots - engine.form.tree.nodes + 1
             for job in self.seats:
                 if job is not None:

@@ -30,9 +30,8 @@ class Pool:
         self.capacity = capacity
         self.keep = base.device.type == "cuda"
         self.record = recorder(base.device) if graph else None
-        if self.record is not None and base.waits:
-            names = ", ".join(sorted(set(base.waits)))
-            warn_uncaptured(f"the forward of {type(base.model).__name__} waits for the device ({names})")
+        if self.record is not None and base.uncapturable:
+            warn_uncaptured(base.uncapturable)
             self.record = None
         self._kept: tuple[int, Engine] | None = None
         self._taken: list[Engine] = []

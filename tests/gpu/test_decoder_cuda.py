@@ -7,10 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import BatchEncoding
+from transformers import BatchEncoding, MixtralConfig, MixtralForCausalLM
 
-from specexit import ExitConfig, SpecExitDecoder, TreeConfig, loop
+from specexit import ExitConfig, SpecExitDecoder, TreeConfig
 from specexit.bundled import bundled_pair, load_problems
+from specexit.engine import Engine
+from specexit.loop import Loop
 
 DEVICE = "cuda"
 PROBLEMS = 4
@@ -74,39 +76,135 @@ def test_ids_may_be_on_the_host(decoder, prompts):
     assert out.sequences.tolist() == expected.sequences.tolist()
 
 
-class Captured:
-    """Stands in for `decode_step`: two steps, and from the third on replays of a CUDA graph of it."""
-
-    def __init__(self, step: Callable[..., Any]) -> None:
-        self.step = step
-        self.steps = 0
-        self.graph: torch.cuda.CUDAGraph | None = None
-
-    def __call__(self, *args: Any) -> None:
-        self.steps += 1
-        if self.steps < 3:
-            self.step(*args)
-            return
-        if self.graph is None:
-            self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):
-                self.step(*args)
-        self.graph.replay()
+def kept(decoder: SpecExitDecoder) -> Engine:
+    """The engine of the decoder's last call."""
+    assert decoder._pool._kept is not None
+    return decoder._pool._kept[1]
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("tree", TREES.values(), ids=TREES)
-def test_a_step_is_one_cuda_graph(tree, temperature, prompts, monkeypatch):
+def test_a_captured_step_decodes_the_same(tree, temperature, prompts):
+    pair = bundled_pair()
+    call = {**prompts, "max_new_tokens": NEW_TOKENS, "temperature": temperature, "seed": 1}
+    outs = []
+    for graph in (False, True):
+        decoder = SpecExitDecoder.from_pretrained(
+            pair.base, pair.draft, dtype=torch.float32, device=DEVICE, tree=tree, graph=graph
+        )
+        outs.append(decoder.generate(**call))
+        assert kept(decoder).captured == graph
+    assert outs[0].new_tokens == outs[1].new_tokens
+    assert [row.exit_position for row in outs[0].stats] == [row.exit_position for row in outs[1].stats]
+
+
+def test_the_next_call_replays_the_same_graph(decoder, prompts):
+    call = {**prompts, "max_new_tokens": 40, "temperature": 0.0}
+    first = decoder.generate(**call)
+    engine, recording = kept(decoder), kept(decoder)._step.recording
+    assert recording is not None
+    again = decoder.generate(**call)
+    assert kept(decoder) is engine
+    assert engine._step.recording is recording
+    assert again.new_tokens == first.new_tokens
+    decoder.release()
+    assert decoder.memory().cache == decoder.memory().graph == 0
+
+
+def test_no_step_waits_or_allocates(decoder, prompts, monkeypatch):
+    """Once it is captured; between steps the host reads pinned memory that events guard."""
+    decoder.release()
+    step, publish = Engine.step, Loop._publish
+    sizes = set()
+
+    def strictly(function: Callable[..., Any], owner: Any, engine: Engine) -> Any:
+        if not engine.captured:
+            return function(owner)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            return function(owner)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+            sizes.add(torch.cuda.memory_allocated())
+
+    monkeypatch.setattr(Engine, "step", lambda engine: strictly(step, engine, engine))
+    monkeypatch.setattr(Loop, "_publish", lambda loop: strictly(publish, loop, loop.engine))
+    out = decoder.generate(**prompts, max_new_tokens=150, temperature=0.0, exit=ExitConfig.off())
+    assert max(row.steps for row in out.stats) > 15
+    assert len(sizes) == 1, "memory was allocated, or given back"
+
+
+def test_the_mode_that_refuses_waiting_sees_it():
+    x = torch.ones(3, device=DEVICE)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with pytest.raises(RuntimeError, match="synchroniz"):
+            x.sum().item()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_prompts_join_a_captured_step(decoder, temperature):
+    chats = [[{"role": "user", "content": problem.question}] for problem in load_problems()[:10]]
+    rows = [
+        decoder.tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)["input_ids"]
+        for chat in chats
+    ]
+    rows[3] = rows[3][-1:]
+    options = {"max_new_tokens": 120, "temperature": temperature}
+    seeds = list(range(10, 20))
+    expected = [
+        decoder.generate(torch.tensor([row]), seed=[seed], **options).new_tokens[0]
+        for row, seed in zip(rows, seeds, strict=True)
+    ]
+    found = {c.index: c.new_tokens for c in decoder.generate_many(rows, slots=3, seed=seeds, **options)}
+    assert [found[index] for index in range(10)] == expected
+
+
+def test_the_cache_grows_and_the_step_is_captured_anew(decoder, prompts, monkeypatch):
+    call = {**prompts, "max_new_tokens": 200, "temperature": 0.0, "exit": ExitConfig.off()}
+    expected = decoder.generate(**call).new_tokens
+    decoder.release()
+    for module in ("engine", "pool"):
+        monkeypatch.setattr(f"specexit.{module}.slot_bucket", lambda device: 64)
+    assert decoder.generate(**call).new_tokens == expected
+    assert kept(decoder).captured
+    decoder.release()
+
+
+def test_a_stream_of_the_callers(decoder, prompts):
+    call = {**prompts, "max_new_tokens": 40, "temperature": 0.0}
+    expected = decoder.generate(**call).new_tokens
+    with torch.cuda.stream(torch.cuda.Stream()):
+        made_here = {name: ids + 0 for name, ids in prompts.items()}
+        assert decoder.generate(**{**call, **made_here}).new_tokens == expected
+
+
+def test_out_of_memory_at_set_up_says_what_would_fit(prompts):
     pair = bundled_pair()
     decoder = SpecExitDecoder.from_pretrained(
-        pair.base, pair.draft, dtype=torch.float32, device=DEVICE, tree=tree, capacity=512
+        pair.base, pair.draft, dtype=torch.float32, device=DEVICE, capacity=200_000_000
     )
-    call = {**prompts, "max_new_tokens": NEW_TOKENS, "temperature": temperature, "seed": 1}
-    expected = decoder.generate(**call)
-    captured = Captured(loop.decode_step)
-    monkeypatch.setattr(loop, "decode_step", captured)
-    out = decoder.generate(**call)
-    assert captured.graph is not None
-    assert captured.steps > 10
-    assert out.new_tokens == expected.new_tokens
-    assert [row.exit_position for row in out.stats] == [row.exit_position for row in expected.stats]
+    with pytest.raises(torch.OutOfMemoryError, match=r"takes .*TB|takes .*GB.* were free; what would fit"):
+        decoder.generate(**prompts, max_new_tokens=4)
+
+
+def test_a_forward_that_waits_is_not_captured():
+    config = MixtralConfig(
+        vocab_size=99,
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=4,
+    )
+    model = MixtralForCausalLM(config).to(DEVICE).eval()
+    model.set_experts_implementation("eager")
+    with pytest.warns(UserWarning, match="not captured in a CUDA graph.*waits for the device"):
+        decoder = SpecExitDecoder(model, exit=ExitConfig.off())
+    ids = torch.tensor([[5, 6, 7, 8]], device=DEVICE)
+    expected = model.generate(ids, max_new_tokens=12, do_sample=False)
+    assert torch.equal(decoder.generate(ids, max_new_tokens=12, temperature=0.0).sequences, expected)
+    assert not kept(decoder).captured
