@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from itertools import count, pairwise
 from typing import Any
 
@@ -179,6 +180,27 @@ def test_other_calls_in_between(pair: tuple[Any, Any], rng: torch.Generator) -> 
         plain = decoder.model.generate(torch.tensor([prompts[0]]), max_new_tokens=30, do_sample=False)
         assert plain[0, len(prompts[0]) :].tolist() == again.new_tokens[0]
     assert texts(found) == texts(expected)
+
+
+def test_prompts_may_come_from_the_decoder_itself(pair: tuple[Any, Any], rng: torch.Generator) -> None:
+    """The source of the prompts is the caller's code: it may use the decoder, the model, and other threads."""
+    decoder = make(pair)
+    rows = ragged(pair[1], 4, rng)
+    options = {"max_new_tokens": 12, "temperature": 0.0}
+
+    def longer() -> Iterator[list[int]]:
+        with ThreadPoolExecutor(1) as other:
+            for row in rows:
+                ids = torch.tensor([row])
+                mine = other.submit(
+                    decoder.generate, ids, tree=TREES["tree"], exit=ExitConfig.off(), **options
+                ).result()
+                plain = decoder.model.generate(ids, max_new_tokens=12, do_sample=False)
+                assert plain[0].tolist() == mine.sequences[0].tolist()
+                yield plain[0].tolist()
+
+    found = list(decoder.generate_many(longer(), slots=2, **options))
+    assert texts(found) == texts(one_by_one(decoder, list(longer()), **options))
 
 
 class Multiple(StoppingCriteria):

@@ -11,7 +11,6 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack
 from functools import partial
 from itertools import chain, islice
 from threading import RLock
@@ -104,9 +103,9 @@ class SpecExitDecoder:
         self.capacity = capacity
         self.tree = tree
         self.ahead = ahead if ahead is not None else int(self.base.device.type == "cuda")
-        self.planner = ExitPlanner(draft, tokenizer, self.base.vocab_size)
+        self._lock = RLock()  # the model is attached to one batch at a time, and the draft selects one source
+        self.planner = ExitPlanner(draft, tokenizer, self.base.vocab_size, self._lock)
         self.exit: Exit = self.planner.default() if exit is None else exit
-        self._lock = RLock()  # the model is attached to one batch at a time
         self._pool = Pool(self.base, draft, capacity, graph, self._lock)
         if exit is None and tokenizer is None and draft is not None and draft.signals:
             warnings.warn(
@@ -348,6 +347,7 @@ class SpecExitDecoder:
             streamer.put(prepared.input_ids.cpu())
         with self._pool.take(call, max(job.length for job in jobs)) as engine, engine.active():
             loop = Loop(engine, iter(jobs), call.ahead(self.ahead))
+            loop.feed()
             while loop.run():
                 pass
         new_tokens = [job.new_tokens for job in jobs]
@@ -387,14 +387,13 @@ class SpecExitDecoder:
 
     def _complete(self, call: Call, jobs: Iterator[Job]) -> Iterator[Completion]:
         """Decode jobs and yield what has ended. Between two results the decoder is free for other calls."""
-        with ExitStack() as stack:
-            with self._lock:  # what the first job selects of the draft holds until its engine is made
-                first = next(jobs, None)
-                if first is None:
-                    return
-                engine = stack.enter_context(self._pool.take(call, first.length))
+        first = next(jobs, None)
+        if first is None:
+            return
+        with self._pool.take(call, first.length) as engine:
             loop = Loop(engine, chain([first], jobs), call.ahead(self.ahead))
             while True:
+                loop.feed()
                 with self._lock, engine.active():
                     ended = loop.run()
                 if not ended:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 
 import torch
@@ -15,7 +16,7 @@ Seats = tuple[Job | None, ...]  # which job each slot holds
 
 
 class Loop:
-    """Decodes jobs, any number of them, through the slots of an engine.
+    """Decodes jobs, any number of them, through the slots of an engine. `feed`, then `run`, until that has none.
 
     jobs   taken one by one as slots become free. Where taking one raises, no more are taken, and the error comes when
            those that are in the slots have ended
@@ -28,14 +29,24 @@ class Loop:
         self.jobs = jobs
         self.ahead = ahead
         self.seats: list[Job | None] = [None] * engine.form.batch
+        self._waiting: deque[Job] = deque()
         self._ring: Ring[Seats] = Ring()
         self._error: Exception | None = None
-        self._exhausted = False
+
+    def feed(self) -> None:
+        """Take jobs for the free slots. Whoever makes them may do anything, so this is not for `engine.active()`."""
+        try:
+            while self._error is None and len(self._waiting) < self.seats.count(None):
+                self._waiting.append(next(self.jobs))
+        except StopIteration:
+            pass
+        except Exception as error:
+            self._error = error
 
     def run(self) -> list[Job]:
         """Decode until some jobs have ended: those, or none when there are no more. Inside `engine.active()`."""
+        self._fill()
         while True:
-            self._fill()
             if ended := self._publish():  # with the first token of a prompt
                 return ended
             if not any(self.seats):
@@ -45,30 +56,17 @@ class Loop:
             self._reserve()
             self.engine.step()
             self._ring.push(self.engine.published, tuple(self.seats))
-            if ended := self._publish():
-                return ended
 
     def _fill(self) -> None:
-        """Seat jobs in the free slots, neighbours together."""
+        """Seat the jobs that wait, neighbours together."""
         first = 0
-        while first < len(self.seats) and not self._exhausted:
+        while self._waiting and first < len(self.seats):
             taken: list[Job] = []
-            while first + len(taken) < len(self.seats) and self.seats[first + len(taken)] is None:
-                job = self._next()
-                if job is None:
-                    break
-                taken.append(job)
+            while self._waiting and first + len(taken) < len(self.seats) and self.seats[first + len(taken)] is None:
+                taken.append(self._waiting.popleft())
             if taken:
                 self._seat(first, taken)
             first += len(taken) + 1
-
-    def _next(self) -> Job | None:
-        try:
-            job = next(self.jobs, None)
-        except Exception as error:
-            self._error, job = error, None
-        self._exhausted = job is None
-        return job
 
     def _seat(self, first: int, jobs: Sequence[Job]) -> None:
         engine = self.engine
@@ -78,7 +76,6 @@ class Loop:
                 f"prompts must fit in the cache, which has no memory to grow beyond {len(self.seats)} x {engine.slots} "
                 f"slots, was one of {longest} tokens: take fewer slots at a time"
             )
-            self._exhausted = True
             return
         self.seats[first : first + len(jobs)] = jobs
         if engine.seat(first, jobs):

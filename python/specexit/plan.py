@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,9 +55,19 @@ def check_exit(exit: object) -> None:
 
 
 class ExitPlanner:
-    """Makes plans for one decoder; what a tokenizer says of markers and boundaries is looked up once."""
+    """Makes plans for one decoder; what a tokenizer says of markers and boundaries is looked up once.
 
-    def __init__(self, draft: Draft | None, tokenizer: Tokenizer | None, vocabulary: int) -> None:
+    lock  held while the draft selects a source
+    """
+
+    def __init__(
+        self,
+        draft: Draft | None,
+        tokenizer: Tokenizer | None,
+        vocabulary: int,
+        lock: AbstractContextManager[Any] | None = None,
+    ) -> None:
+        self._lock = lock or nullcontext()
         self.draft = draft
         self.tokenizer = tokenizer
         self.vocabulary = vocabulary
@@ -73,8 +84,9 @@ class ExitPlanner:
         signals: Sequence[str] = ()
         source = lead.source if any(config.enabled for config in configs) else None
         if self.draft is not None:
-            self.draft.select_source(source)
-            signals = self.draft.signals
+            with self._lock:
+                self.draft.select_source(source)
+                signals = self.draft.signals
         markers = self.markers(lead)
         return ExitPlan(
             rules=rules_for(exit, self.vocabulary, markers, batch, device, signals, stop_ids),

@@ -93,6 +93,8 @@ class Pool:
         if record is not None and call.processed:
             warn_uncaptured("logits processors run on the host, between the base's forward and the rest")
             record = None
+        if self.draft is not None:  # another call may have selected another source since
+            self.draft.select_source(call.plan.source)
         slots = self.capacity or round_up(longest + call.tree.nodes, slot_bucket(self.base.device))
         return Engine(self.base, self.draft, call.form(), call.plan.rules, call.choose(), slots, record)
 
