@@ -11,8 +11,26 @@ from typing import Any
 
 import torch
 
-from benchmarks.harness import Cell, Peer, Prepared, measure
+from benchmarks.harness import Cell, Peer, Prepared, Result, measure
 from specexit_kernels import implementations
+
+
+class Options:
+    """What a script adds to the command line: nothing."""
+
+    def add(self, parser: argparse.ArgumentParser) -> None:
+        """Its own options."""
+
+    def instead(self, arguments: argparse.Namespace, device: torch.device) -> bool:
+        """What comes before all cells. Returns whether it was asked for instead of them."""
+        return False
+
+    def cells(self, cells: Sequence[Any], arguments: argparse.Namespace) -> Sequence[Any]:
+        """The cells as its options want them."""
+        return cells
+
+    def finish(self, report: Result, arguments: argparse.Namespace) -> None:
+        """What else is made of the report."""
 
 
 @dataclass(frozen=True)
@@ -20,21 +38,22 @@ class Benchmark:
     """What a benchmark brings.
 
     description  of the script; its first line names it
-    op           whose implementation gives ours its name
+    op           whose implementation gives ours its name; or `name` is that name
     ours         prepares ours
     peers        by the names that `--peers` takes
     usual, full  the names that are measured without it, the latter with `--all`
     apart        names whose peers go through all cells one after the other, because each compiles for seconds
+    together     the peers of the other names go through all cells at once, because a cell's inputs take seconds
     cpu_peers    what is measured beside ours on a CPU
     subset, all, cpu  the cells without `--all`, with it, and on a CPU
     goals        how many of the first cells get all their peers before the others do
-    budget       seconds after which peers are left out without `--all`
+    budget       seconds after which peers are left out without `--all`; with `ends` ours as well
     tuning       the module with other configurations of ours, TUNING, where there is one; it needs Triton
     show         prints the analytic model of cells, where there is one, and writes it to a file
+    options      the script's own
     """
 
     description: str | None
-    op: str
     ours: Callable[[Any], Prepared]
     peers: dict[str, tuple[Peer, ...]]
     usual: tuple[str, ...]
@@ -45,9 +64,14 @@ class Benchmark:
     cpu: Sequence[Any]
     goals: int
     budget: int
+    op: str = ""
+    name: str = ""
+    ends: bool = False
     tuning: str | None = None
     show: Callable[[Sequence[Any], Path | None], None] | None = None
     apart: Collection[str] = ()
+    together: bool = False
+    options: Options = Options()  # noqa: RUF009
 
 
 def main(benchmark: Benchmark) -> int:
@@ -67,11 +91,17 @@ def main(benchmark: Benchmark) -> int:
     chosen = usual if arguments.peers is None else arguments.peers.split(",")
     if unknown := [name for name in chosen if name not in known]:
         parser.error(f"--peers must be of {', '.join(known)}, was {', '.join(map(repr, unknown))}")
+    if benchmark.options.instead(arguments, device):
+        return 0
     peers = dict(benchmark.peers)
     if benchmark.tuning and "tune" in chosen:
         peers["tune"] = importlib.import_module(benchmark.tuning).TUNING
-    own = Peer(implementations()[benchmark.op][device.type], benchmark.ours, optional=False)
+    name = benchmark.name or implementations()[benchmark.op][device.type]
+    own = Peer(name, benchmark.ours, optional=benchmark.ends)
     rounds: list[list[Peer]] = [[own]]  # ours first, while there is time
+    if benchmark.together:
+        rounds.append([peer for name in chosen if name not in benchmark.apart for peer in peers[name]])
+        chosen = [name for name in chosen if name in benchmark.apart]
     for name in chosen:
         rounds += [[peer] for peer in peers[name]] if name in benchmark.apart else [list(peers[name])]
     dtype = torch.bfloat16
@@ -82,7 +112,10 @@ def main(benchmark: Benchmark) -> int:
     elif arguments.all:  # each cell with its peers: hours apart, the clocks may differ
         rounds = [[peer for peers in rounds for peer in peers]]
     budget = arguments.budget or (float("inf") if arguments.all else benchmark.budget)
-    return measure(cells, rounds, device, dtype, budget, benchmark.goals, arguments.json)
+    cells = benchmark.options.cells(cells, arguments)
+    status, report = measure(cells, rounds, device, dtype, budget, benchmark.goals, arguments.json)
+    benchmark.options.finish(report, arguments)
+    return status
 
 
 def _parser(benchmark: Benchmark, known: Sequence[str]) -> argparse.ArgumentParser:
@@ -103,6 +136,7 @@ def _parser(benchmark: Benchmark, known: Sequence[str]) -> argparse.ArgumentPars
         help=f"seconds after which peers are left out; default: {benchmark.budget}, none with --all",
     )
     parser.add_argument("--json", type=new_file, help="write the results to this file (benchmarks/README.md)")
+    benchmark.options.add(parser)
     if benchmark.show:
         parser.add_argument("--model", action="store_true", help="the analytic model of the cells; nothing is measured")
     return parser

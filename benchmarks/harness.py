@@ -6,6 +6,7 @@ checked first; a wrong one has no speed. The first peer is ours.
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
 import time
@@ -23,6 +24,7 @@ from benchmarks import timer
 Result = dict[str, Any]
 
 BEGAN = time.monotonic()
+OUT_OF_TIME = "the time budget was used up"
 
 
 class Unavailable(Exception):
@@ -71,6 +73,18 @@ class Cell(ABC):
         memory, arithmetic = self.bytes(itemsize) / bytes_per_second, self.flops / flops_per_second
         return max(memory, arithmetic), "memory" if memory > arithmetic else "arithmetic"
 
+    def work(self, implementation: str) -> Cell:
+        """The cell whose bytes, FLOPs and floor a call of this implementation has: this one, unless it does less."""
+        return self
+
+    def figures(self, result: Result, own: Result) -> Result:
+        """Further keys of a result that has a time; `own` is ours."""
+        return {}
+
+    def remarks(self, results: Sequence[Result]) -> list[str]:
+        """Further lines below the cell's table."""
+        return []
+
 
 @dataclass(frozen=True)
 class Prepared:
@@ -78,37 +92,52 @@ class Prepared:
     finish  takes a call's result to what the problem checks; not timed
     note    what else is to be said
     graph   whether the calls may be replayed as a CUDA graph; else they are launched from Python
+    within  makes what the calls and `finish` are inside of; entered more than once
+    more    finds further keys of the result, after the time, inside of it too
+    close   gives back what was prepared
     """
 
     calls: Sequence[Callable[[], Any]]
     finish: Callable[[Any], Any]
     note: str = ""
     graph: bool = True
+    within: Callable[[], AbstractContextManager[Any]] = nullcontext
+    more: Callable[[], Result] = dict
+    close: Callable[[], object] = lambda: None
 
 
 @dataclass(frozen=True)
 class Peer:
     """An implementation by name; `prepare` takes a problem, and raises where it cannot do the cell. Ours is not
-    `optional`: it is measured although time has run out. `cells` says which cells it belongs to; None: to all."""
+    `optional`: it is measured although time has run out. `cells` says which cells it belongs to; None: to all.
+    `seconds` is how long preparing it may take: where less is left of the budget it is not begun."""
 
     name: str
     prepare: Callable[[Any], Prepared]
     optional: bool = True
     cells: Callable[[Any], bool] | None = None
+    seconds: float = 0
 
 
 def attempt(peer: Peer, problem: Problem, device: torch.device) -> Result:
     """Check and time one implementation; whatever goes wrong is its result and stops nothing."""
     try:
         prepared = peer.prepare(problem)
-        error = problem.check(prepared.finish(prepared.calls[0]()))
-        timing = timer.measure(prepared.calls, device, graph=prepared.graph)
+        try:
+            with prepared.within():
+                result = prepared.finish(prepared.calls[0]())
+            error = problem.check(result)
+            with prepared.within():
+                timing = timer.measure(prepared.calls, device, graph=prepared.graph)
+                more = prepared.more()
+        finally:
+            prepared.close()
     except Unavailable as error:
         return {"implementation": peer.name, "unavailable": str(error)}
     except Exception as error:
         return {"implementation": peer.name, "unavailable": timer.first_line(error)}
     note = "; ".join(filter(None, (prepared.note, timing.note)))
-    return {"implementation": peer.name, **asdict(timing), "note": note, "error": error}
+    return {"implementation": peer.name, **asdict(timing), "note": note, "error": error, **more}
 
 
 def rated(cell: Cell, results: Sequence[Result], itemsize: int, ceilings: timer.Ceilings) -> Result:
@@ -118,12 +147,15 @@ def rated(cell: Cell, results: Sequence[Result], itemsize: int, ceilings: timer.
     lines = []
     for result in results:
         if microseconds := result.get("microseconds"):
+            work = cell.work(result["implementation"])
+            least, _ = work.floor(itemsize, ceilings.bytes_per_second, ceilings.flops_per_second)
             result = {
                 **result,
-                "bytes_per_second": cell.bytes(itemsize) / microseconds * 1e6,
-                "flops_per_second": cell.flops / microseconds * 1e6,
-                "fraction_of_floor": floor * 1e6 / microseconds,
+                "bytes_per_second": work.bytes(itemsize) / microseconds * 1e6,
+                "flops_per_second": work.flops / microseconds * 1e6,
+                "fraction_of_floor": least * 1e6 / microseconds,
                 "times_ours": microseconds / own if own else None,
+                **cell.figures(result, results[0]),
             }
         lines.append(result)
     return {
@@ -176,8 +208,8 @@ def run_cell(
     for peer in peers:
         if peer.cells and not peer.cells(cell):
             continue
-        if peer.optional and time.monotonic() > deadline:
-            results.append({"implementation": peer.name, "unavailable": "the time budget was used up"})
+        if peer.optional and time.monotonic() + peer.seconds > deadline:
+            results.append({"implementation": peer.name, "unavailable": OUT_OF_TIME})
             continue
         print(f"{time.monotonic() - BEGAN:6.1f} s  {cell}: {peer.name}", file=sys.stderr, flush=True)
         if problem is None and not reason:
@@ -190,8 +222,9 @@ def run_cell(
             continue
         results.append(attempt(peer, problem, device))
         if "unavailable" in results[-1] and device.type == "cuda":
-            with suppress(RuntimeError):  # the GPU itself may have failed; that is the next peers' reason then
-                torch.cuda.empty_cache()  # or it has run out of memory
+            gc.collect()  # it may have run out of memory, and what it made refer to itself
+            with suppress(RuntimeError):  # or the GPU itself has failed; that is the next peers' reason then
+                torch.cuda.empty_cache()
     return results
 
 
@@ -227,7 +260,8 @@ def run(
         report["cells"] = [rated(c, found, dtype.itemsize, ceilings) for c, found in results.items() if found]
         save(report)
         if peers is rounds[-1]:
-            print(table(cell.heading, rated(cell, results[cell], dtype.itemsize, ceilings)), flush=True)
+            found = rated(cell, results[cell], dtype.itemsize, ceilings)
+            print("\n".join([table(cell.heading, found), *cell.remarks(found["results"])]), flush=True)
     return report
 
 
@@ -239,9 +273,9 @@ def measure(
     budget: float,
     goals: int,
     path: Path | None,
-) -> int:
-    """`run` for the cells that fit in memory, its report written to `path`. Returns the exit status of a benchmark: 0,
-    or 1 where ours has a cell without a time."""
+) -> tuple[int, Result]:
+    """`run` for the cells that fit in memory, its report written to `path`. Returns the exit status of a benchmark (0,
+    or 1 where ours has a cell without a time although there was time for it) and the report."""
     for cell in (large := [cell for cell in cells if not fits(cell, device, dtype)]):
         print(f"left out, as it does not fit in memory: {cell}")
     cells = tuple(cell for cell in cells if cell not in large)
@@ -258,7 +292,8 @@ def measure(
         stream = torch.cuda.stream(torch.cuda.Stream(device))
     with torch.no_grad(), stream:
         report = run(cells, rounds, device, dtype, budget, goals, save)
-    failed = [cell for cell, found in zip(cells, report["cells"], strict=True) if "unavailable" in found["results"][0]]
+    own = [found["results"][0].get("unavailable", OUT_OF_TIME) for found in report["cells"]]
+    failed = [cell for cell, reason in zip(cells, own, strict=True) if reason != OUT_OF_TIME]
     for cell in failed:
         print(f"{report['ours']} has no result for {cell}", file=sys.stderr)
-    return int(bool(failed))
+    return int(bool(failed)), report
