@@ -75,6 +75,29 @@ def leaf_paths(parent: list[int], depth: list[int]) -> Ids:
     return paths
 
 
+def follow(leaves: Tensor, tokens: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, int]:
+    """The longest of a tree's paths that the base agrees with, the tokens on it, and the base's next one."""
+    candidates = F.pad(tokens, (0, 1), value=-1)[leaves]
+    chosen = targets[leaves]
+    agreed = (candidates[:, 1:] == chosen[:, :-1]).int().cumprod(1).sum(1)
+    length = int(agreed.max())
+    best = 0 if length == 0 else int(agreed.argmax())
+    return leaves[best, : length + 1], candidates[best, : length + 1], int(chosen[best, length])
+
+
+def keep(caches: list[Tensor], path: Tensor, start: int) -> None:
+    """Move the slots `path` of a sequence's caches [Hkv, slots, hd] to `start` and on."""
+    for cache in caches:
+        kept = cache[:, path]
+        cache[:, start : start + len(path), :].copy_(kept, non_blocking=True)
+
+
+def smooth(raw: list[float], values: list[float]) -> list[float]:
+    """The smoothed signals with those of one more token."""
+    x = 1 / (1 + math.exp(-raw[0])), 1 / (1 + math.exp(-raw[1])), math.exp(raw[2])
+    return [ALPHA * new + (1 - ALPHA) * old for new, old in zip(x, values, strict=True)]
+
+
 def _trees(found: list[Any]) -> Result:
     tokens, masks, depths, _, parents = zip(*found, strict=True)
     return {
@@ -163,32 +186,23 @@ class Decode:
 
     def accept(self, row: int) -> tuple[Tensor, list[int]]:
         """The longest path that the base agrees with, and the root and the tokens that follow it."""
-        leaves, tokens, targets = self.leaves[row], self.problem.tree.tokens[row], self.problem.targets[row]
-        candidates = F.pad(tokens, (0, 1), value=-1)[leaves]
-        chosen = targets[leaves]
-        agreed = (candidates[:, 1:] == chosen[:, :-1]).int().cumprod(1).sum(1)
-        length = int(agreed.max())
-        best = 0 if length == 0 else int(agreed.argmax())
-        run = [*candidates[best, : length + 1].tolist(), int(chosen[best, length])]
-        path = leaves[best, : length + 1]
+        path, kept, last = follow(self.leaves[row], self.problem.tree.tokens[row], self.problem.targets[row])
+        run = [*kept.tolist(), last]
         if self.stops.intersection(run[1:]):
             raise AssertionError("no base of this benchmark stops")
-        torch.cat([self.text[row], candidates[best, : length + 1]])
+        torch.cat([self.text[row], kept])
         return path, run
 
     def compact(self, row: int, path: Tensor) -> None:
         """Keys and values of the path to where the committed ones end, at slot 0, tensor by tensor."""
-        for cache in (*self.problem.keys, *self.problem.values):
-            kept = cache[row][:, path]
-            cache[row, :, : len(path), :].copy_(kept, non_blocking=True)
+        keep([cache[row] for cache in (*self.problem.keys, *self.problem.values)], path, 0)
 
     def decide(self, row: int, run: list[int]) -> int:
         """The row of the run that stays last, -1 where thinking goes on."""
         raw = self.problem.signals[row, : len(run) - 1].tolist()
         values = self.smoothed[row]
         for place, (z, token) in enumerate(zip(raw, run, strict=False)):
-            x = 1 / (1 + math.exp(-z[0])), 1 / (1 + math.exp(-z[1])), math.exp(z[2])
-            values = [ALPHA * new + (1 - ALPHA) * old for new, old in zip(x, values, strict=True)]
+            values = smooth(z, values)
             passed = values[0] > THRESHOLDS[0] and values[1] > THRESHOLDS[1] and values[2] < THRESHOLDS[2]
             if passed and token % BOUNDARIES == 0:
                 return place
