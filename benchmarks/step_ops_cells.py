@@ -201,7 +201,7 @@ class Cell(harness.Cell):
 
 QWEN = Base("Qwen3-4B", 36, 8, 128, 151936)  # its config.json on the Hugging Face hub
 MISTRAL = Base("Mistral-7B", 32, 8, 128, 32000)  # few tiles of logits, for many of the best tokens
-TREE = Form(60, 10, (10,) * 5)  # the decoder's default, of depth 6: 510 candidates
+TREE = Form(60, 10, (10,) * 5)  # as a beam of 10 leaves five levels of it: 510 candidates
 LARGE = Form(256, 32, (32, 32, 32, 31))  # 4,096 candidates
 BATCHES = (1, 8, 32, 128, 512)
 

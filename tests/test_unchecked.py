@@ -12,7 +12,7 @@ import torch
 
 import specexit_kernels
 from specexit import ExitConfig, SpecExitDecoder, TreeConfig, attention, bundled_pair
-from specexit.drafts import eagle3
+from specexit.drafts import eagle3_batch
 from specexit_kernels import unchecked
 
 TREES = {"plain": TreeConfig.none(), "chain": TreeConfig.chain(3), "tree": TreeConfig(nodes=9, depth=3, top_k=2)}
@@ -57,12 +57,11 @@ def test_the_decoders_arguments_pass(tree: TreeConfig, signals: bool, monkeypatc
 
 
 def test_every_batch_begins_with_a_check(monkeypatch: pytest.MonkeyPatch) -> None:
-
     seen: list[str] = []
     for module, name in (
         (attention, "check_arguments"),
-        (eagle3, "check_tree_attention"),
-        (eagle3, "check_draft_topk"),
+        (eagle3_batch, "check_tree_attention"),
+        (eagle3_batch, "check_draft_topk"),
     ):
         check = getattr(module, name)
 
