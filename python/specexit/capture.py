@@ -59,8 +59,8 @@ class CudaGraph:
     """
 
     def __init__(self, function: Callable[[], None]) -> None:
-        stream = torch.cuda.current_stream()
-        stream.synchronize()
+        self._stream = torch.cuda.current_stream()
+        self._stream.synchronize()
         # A graph that is collected, or memory that is given back, while another is captured would void it.
         gc.collect()
         torch.cuda.empty_cache()
@@ -81,7 +81,7 @@ class CudaGraph:
         self._graph.replay()
 
     def reset(self) -> None:
-        torch.cuda.current_stream().synchronize()  # it may be running
+        self._stream.synchronize()  # it may be running
         self._graph.reset()
 
 

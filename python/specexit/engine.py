@@ -55,6 +55,8 @@ class Engine:
     choose  the base's token at each node, for B rows
     slots   of the cache, the tree's scratch slots included
     record  captures the step, which otherwise is called each time
+    stream  that all work goes to; None: on a GPU one of its own. Engines that follow one another should have the same, as
+            torch keeps the memory that one has given back for the stream
 
     Raises torch.OutOfMemoryError, saying what was asked for and what would fit.
     """
@@ -68,12 +70,14 @@ class Engine:
         choose: Choose,
         slots: int,
         record: Recorder | None = None,
+        stream: torch.cuda.Stream | None = None,
     ) -> None:
         self.base = base
         self.form = form
         self.choose = choose
         self.bucket = slot_bucket(base.device)
-        self._stream = torch.cuda.Stream(base.device) if base.device.type == "cuda" else None
+        # A graph cannot be captured on the default stream.
+        self._stream = stream or (torch.cuda.Stream(base.device) if base.device.type == "cuda" else None)
         self._step = Replayed(self._run, record)
         free = available(base.device)
         try:
@@ -135,7 +139,7 @@ class Engine:
 
     @contextmanager
     def active(self) -> Iterator[None]:
-        """Inside the block the model is attached, and all work goes to the engine's own stream."""
+        """Inside the block the model is attached, and all work goes to the engine's stream."""
         with torch.inference_mode(), self.base.attached(), self._on_stream():
             yield
 
@@ -221,7 +225,7 @@ class Engine:
 
     @contextmanager
     def _on_stream(self) -> Iterator[None]:
-        """A graph cannot be captured on the default stream; and what others have queued there is none of ours."""
+        """After what the caller has queued on its own, and before what it queues then."""
         if self._stream is None:
             yield
             return

@@ -29,6 +29,7 @@ class Pool:
         self.draft = draft
         self.capacity = capacity
         self.keep = base.device.type == "cuda"
+        self.stream = torch.cuda.Stream(base.device) if base.device.type == "cuda" else None
         self.record = recorder(base.device) if graph else None
         if self.record is not None and base.uncapturable:
             warn_uncaptured(base.uncapturable)
@@ -96,7 +97,8 @@ class Pool:
         if self.draft is not None:  # another call may have selected another source since
             self.draft.select_source(call.plan.source)
         slots = self.capacity or round_up(longest + call.tree.nodes, slot_bucket(self.base.device))
-        return Engine(self.base, self.draft, call.form(), call.plan.rules, call.choose(), slots, record)
+        rules, choose = call.plan.rules, call.choose()
+        return Engine(self.base, self.draft, call.form(), rules, choose, slots, record, self.stream)
 
     def _fingerprint(self) -> int:
         """Where the weights are: a captured step reads them there."""
