@@ -55,8 +55,8 @@ class Engine:
     choose  the base's token at each node, for B rows
     slots   of the cache, the tree's scratch slots included
     record  captures the step, which otherwise is called each time
-    stream  that all work goes to; None: on a GPU one of its own. Engines that follow one another should have the same, as
-            torch keeps the memory that one has given back for the stream
+    stream  that all work goes to; None: on a GPU one of its own. Engines that follow one another should have the same:
+            torch keeps the memory that one gives back for its stream
 
     Raises torch.OutOfMemoryError, saying what was asked for and what would fit.
     """
