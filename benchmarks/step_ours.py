@@ -62,7 +62,7 @@ def started(problem: Problem, graph: bool) -> Engine:
     cell, device = problem.cell, problem.device
     decoder = SpecExitDecoder(problem.base, problem.draft, exit=EXIT, tree=cell.tree, graph=graph)
     plan = decoder.planner.plan(EXIT, cell.batch, (), device)
-    form = Form(cell.batch, cell.tree, (), SamplingConfig(), plan.form)
+    form = Form(cell.batch, cell.tree, (), SamplingConfig(), plan.shared)
     sampler = Sampler(SamplingConfig(), cell.batch, cell.tree.nodes, device)
     slots = cell.length + (STEPS + 1) * cell.tree.nodes
     record = recorder(device) if graph else None

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -29,22 +31,22 @@ def test_replayed_calls_then_records_then_replays() -> None:
         calls.append(None)
         x.add_(1)
 
-    step = Replayed(add, Recording)
+    step = Replayed(Recording)
     for count in range(1, 6):
-        step()
+        step(add)
         assert x.tolist() == [count] * 3
         assert len(calls) == min(count, 2), "a replay runs no Python"
     step.reset()
     assert step.recording is None
-    step()
+    step(add)
     assert (x[0].item(), len(calls)) == (6, 3)
 
 
 def test_without_a_recorder_the_function_is_called() -> None:
     x = torch.zeros(1)
-    step = Replayed(lambda: x.add_(1), None)
+    step = Replayed(None)
     for _ in range(4):
-        step()
+        step(lambda: x.add_(1))
     assert x.item() == 4
     assert step.recording is None
 
@@ -63,13 +65,18 @@ def test_what_cannot_be_recorded_is_called_and_says_why(error: Exception, reason
         attempts.append(None)
         raise error
 
-    step = Replayed(lambda: x.add_(1), fail)
-    step()
+    def add() -> None:
+        x.add_(1)
+
+    step = Replayed(fail)
+    step(add)
+    assert not step.refused
     with pytest.warns(UserWarning, match=f"not captured in a CUDA graph.*{reason}"):
-        step()
-    step()
+        step(add)
+    assert step.refused
+    step(add)
     step.reset()
-    step()
+    step(add)
     assert x.item() == 4
     assert len(attempts) == 1, "it is tried once"
 
@@ -79,7 +86,48 @@ def test_errors_of_the_function_itself_are_not_hidden() -> None:
         raise ValueError("wrong")
 
     with pytest.raises(ValueError, match="wrong"):
-        Replayed(fail, Recording)()
+        Replayed(Recording)(fail)
+
+
+def test_a_function_that_waits_twice_is_not_recorded() -> None:
+    """What is set up on first use may wait; a hidden wait comes again."""
+    for waits, recorded_from in (([True, False], 3), ([False], 2), ([True, True], None)):
+        x, said = torch.zeros(1), iter(waits)
+
+        @contextmanager
+        def watch(said: Iterator[bool] = said) -> Iterator[list[str]]:
+            yield ["an operation (file.py:3)"] if next(said) else []
+
+        step = Replayed(Recording, watch)
+        for call in range(1, 6):
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                step(lambda x=x: x.add_(1))
+            refused = recorded_from is None and call == 2
+            assert [str(w.message).endswith("it waits for the device: an operation (file.py:3)") for w in caught] == [
+                True
+            ] * refused
+            assert (step.recording is not None) == (recorded_from is not None and call >= recorded_from)
+        assert x.item() == 5
+
+
+def test_a_step_is_warm_in_its_own_thread() -> None:
+    x = torch.zeros(1)
+
+    def add() -> None:
+        x.add_(1)
+
+    step = Replayed(Recording)
+    with ThreadPoolExecutor(1) as other:
+        other.submit(step, add).result()
+        step(add)
+        assert step.recording is None
+        step(add)
+        recording = step.recording
+        assert recording is not None
+        other.submit(step, add).result()
+    assert step.recording is recording
+    assert x.item() == 4
 
 
 @pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import count, pairwise
@@ -103,13 +105,12 @@ def test_recorded_steps(pair: tuple[Any, Any], recorded: None, rng: torch.Genera
     options = {"max_new_tokens": 100, "temperature": 0.0}
     expected = texts(one_by_one(make(pair, graph=False), prompts, **options))
     decoder = make(pair)
-    decoder._pool.keep = True
     for call in range(3):
         assert texts(list(decoder.generate_many(prompts, slots=4, **options))) == expected, call
     assert Recording.replays > 50
-    kept = decoder.memory()
-    assert kept.slots[0] == 4
-    assert kept.cache == 4 * kept.slots[1] * decoder.base.slot_bytes
+    (kept,) = decoder._pool.kept
+    assert decoder.memory().slots == 4 * kept.slots
+    assert decoder.memory().cache == 4 * kept.slots * decoder.base.slot_bytes
     # Another temperature is another step.
     sampled = {**options, "temperature": 0.7, "seed": 3}
     expected = texts(one_by_one(make(pair, graph=False), prompts[:3], **sampled))
@@ -136,15 +137,63 @@ def test_a_batch_is_recorded_like_many(pair: tuple[Any, Any], recorded: None, rn
     prompts = [prompt[-20:] for prompt in ragged(pair[1], 4, rng) if len(prompt) >= 20][:2]
     ids = torch.tensor(prompts)
     plain, decoder = make(pair, graph=False), make(pair)
-    decoder._pool.keep = True
-    engines = set()
     for confidence, seed, new in ((0.5, 1, 60), (0.99, 2, 90), (0.2, 3, 120)):
         rule = ExitConfig(confidence=confidence, progress=None, remaining=None)
         options = {"max_new_tokens": new, "temperature": 0.5, "seed": seed, "exit": rule}
         assert decoder.generate(ids, **options).new_tokens == plain.generate(ids, **options).new_tokens
-        assert decoder._pool._kept is not None
-        engines.add(id(decoder._pool._kept[1]))
-    assert len(engines) == 1
+    assert len(decoder._pool.kept) == 1
+
+
+def test_calls_that_take_turns_find_their_engines(pair: tuple[Any, Any], recorded: None, rng: torch.Generator) -> None:
+    """With the exit and without it, as the demo does; a third form takes the place of the one not used for longest."""
+    ids = torch.tensor([max(ragged(pair[1], 4, rng), key=len)])
+    plain, decoder = make(pair, graph=False), make(pair)
+    engines: list[Any] = []
+    for turn in range(3):
+        for exit in (None, ExitConfig.off()):
+            options = {"max_new_tokens": 30, "temperature": 0.0, "exit": exit}
+            assert decoder.generate(ids, **options).new_tokens == plain.generate(ids, **options).new_tokens
+            engines.append(decoder._pool.kept[-1])
+            assert engines[-1].captured, turn
+    assert len(set(engines)) == 2
+    decoder.generate(ids, max_new_tokens=4, temperature=0.5)
+    assert decoder._pool.kept[0] is engines[-1]
+    assert len(decoder._pool.kept) == 2
+
+
+def test_what_is_given_back_is_gone(pair: tuple[Any, Any], recorded: None, rng: torch.Generator) -> None:
+    """At once, and not when Python collects cycles: a GPU's memory cannot wait for that."""
+    ids = torch.tensor([max(ragged(pair[1], 4, rng), key=len)])
+    decoder = make(pair)
+    gc.collect()
+    gc.disable()
+    try:
+        decoder.generate(ids, max_new_tokens=90, temperature=0.0)
+        engine = decoder._pool.kept[-1]
+        monitored = [weakref.ref(value) for value in (engine, engine.buffers.cache, engine.buffers.cache.keys()[0])]
+        before = weakref.ref(engine.buffers.cache.values()[0])
+        with engine.active():
+            assert engine.reserve(engine.slots + 1)
+        assert before() is None, "a layer that has grown"
+        del engine
+        decoder.release()
+        assert [value() for value in monitored] == [None] * 3
+    finally:
+        gc.enable()
+
+
+def test_weights_that_move_are_captured_anew(recorded: None, rng: torch.Generator) -> None:
+    model = tiny_model("llama")
+    decoder = SpecExitDecoder(model, exit=ExitConfig.off())
+    row = torch.randint(3, VOCAB, (1, 6), generator=rng)
+    for turn in range(3):
+        expected = model.generate(row, max_new_tokens=10, do_sample=False)
+        assert torch.equal(decoder.generate(row, max_new_tokens=10, temperature=0.0).sequences, expected), turn
+        layer = model.model.layers[turn].mlp.down_proj
+        layer.weight = torch.nn.Parameter(torch.randn(layer.weight.shape, generator=rng))
+    model.double()
+    expected = model.generate(row, max_new_tokens=10, do_sample=False)
+    assert torch.equal(decoder.generate(row, max_new_tokens=10, temperature=0.0).sequences, expected)
 
 
 def test_prompts_are_taken_when_there_is_room(pair: tuple[Any, Any], rng: torch.Generator) -> None:

@@ -9,7 +9,7 @@ import torch
 from test_lossless import prompts
 from tiny_models import tiny_model
 
-from specexit import ExitConfig, SpecExitDecoder, TreeConfig, bundled_pair, engine
+from specexit import Completion, ExitConfig, SpecExitDecoder, TreeConfig, bundled_pair, cache, engine
 from specexit.cache import SlotCache
 from specexit.memory import held, readable
 
@@ -25,7 +25,7 @@ def test_memory_of_an_idle_decoder_is_its_weights() -> None:
     own = sum(p.nbytes for p in decoder.draft.parameters()) + sum(b.nbytes for b in decoder.draft.buffers())
     assert memory.draft == own
     assert memory.total == memory.base + memory.draft
-    assert (memory.cache, memory.graph, memory.slots) == (0, 0, (0, 0))
+    assert (memory.cache, memory.graph, memory.slots) == (0, 0, 0)
     assert str(memory).startswith("base 6.5 MB, draft ")
 
 
@@ -38,7 +38,7 @@ def test_memory_while_decoding() -> None:
     config = decoder.model.config
     slot = config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 2 * 4
     assert decoder.base.slot_bytes == slot
-    assert memory.slots == (2, 192)
+    assert memory.slots == 2 * 192
     assert memory.cache == 2 * 192 * slot
     assert memory.drafts_cache > 0
     assert memory.buffers > 0
@@ -106,8 +106,32 @@ def test_a_prompt_that_memory_cannot_hold(monkeypatch: pytest.MonkeyPatch, rng: 
     model = tiny_model("llama")
     decoder = SpecExitDecoder(model, exit=ExitConfig.off())
     monkeypatch.setattr(engine, "available", lambda device: 0)
-    rows = prompts(rng, [6, 5, 90, 4])
-    found = []
-    with pytest.raises(torch.OutOfMemoryError, match=r"prompts must fit in the cache.*1 x 64 slots, was one of 90"):
-        found.extend(decoder.generate_many(rows, slots=1, max_new_tokens=5, temperature=0.0))
-    assert [completion.index for completion in found] == [0, 1]
+    rows = prompts(rng, [6, 5, 4, 90, 4, 4])
+    for slots in (1, 2, 3, 6):
+        found: list[Completion] = []
+        with pytest.raises(torch.OutOfMemoryError, match=r"fit in the cache.* x 64 slots, prompts\[3\] has 90 tokens"):
+            found.extend(decoder.generate_many(rows, slots=slots, max_new_tokens=5, temperature=0.0))
+        assert sorted(completion.index for completion in found) == [0, 1, 2], slots
+
+
+def test_a_cache_that_is_too_large_in_the_middle_of_growing(
+    monkeypatch: pytest.MonkeyPatch, rng: torch.Generator
+) -> None:
+    """Some layers have grown and the others cannot: the sequences end, with all that is decoded."""
+    model = tiny_model("llama")
+    row = prompts(rng, [9])[0][None]
+    text = model.generate(row, max_new_tokens=100, do_sample=False)
+    decoder = SpecExitDecoder(model, exit=ExitConfig.off(), tree=TreeConfig.none())
+    count, original = [0], cache.grown
+
+    def grown(old: torch.Tensor, slots: int) -> torch.Tensor:
+        count[0] += 1
+        if count[0] > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return original(old, slots)
+
+    monkeypatch.setattr(cache, "grown", grown)
+    out = decoder.generate(row, max_new_tokens=100, temperature=0.0)
+    assert count[0] > 3
+    assert out.stats[0].finish_reason == "capacity"
+    assert out.sequences[0].tolist() == text[0, :64].tolist()

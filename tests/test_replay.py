@@ -67,6 +67,13 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> None:
     for op in OPS.values():  # the twins: what the CPU has of its own may read tensors
         monkeypatch.setattr(op, "cpu", op.twin)
     monkeypatch.setattr(pool, "recorder", lambda device: Recording)
+    initialise = pool.Pool.__init__
+
+    def keeping(self: pool.Pool, *arguments: Any) -> None:
+        initialise(self, *arguments)
+        self.keep = 2
+
+    monkeypatch.setattr(pool.Pool, "__init__", keeping)
     monkeypatch.setattr(Recording, "replays", 0)
 
 

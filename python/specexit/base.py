@@ -46,7 +46,8 @@ class BaseModel:
                     f"feature_layers must be layers of the base (0 to {count - 1}), was {self.feature_layers}"
                 )
         self._features: dict[int, Tensor] = {}  # by layer, of the last forward
-        self._forms: list[LayerForm | None] = [None] * count  # of the layers' caches, as `probe` finds them
+        self._forms: list[LayerForm | None] = [None] * count  # of the layers' caches, as `probe` finds them in
+        self._probed: torch.dtype | None = None  # this dtype of the model
         self._waits: set[str] = set()  # operations of its forward that wait for the device, as `probe` finds them
         self._check = True  # what the model gives the attention, in the first forward of an `attached` block
         self._can_leave_logits_out = "logits_to_keep" in inspect.signature(model.forward).parameters
@@ -95,7 +96,10 @@ class BaseModel:
         return reason
 
     def new_cache(self, lengths: Tensor, slots: int) -> SlotCache:
-        return SlotCache(self._forms, lengths, slots)
+        forms = self._forms
+        if self.dtype != self._probed:  # the model has been cast since
+            forms = [form and form._replace(dtype=self.dtype) for form in forms]
+        return SlotCache(forms, lengths, slots)
 
     @contextmanager
     def attached(self) -> Iterator[None]:
@@ -281,7 +285,7 @@ def probe(base: BaseModel) -> None:
     except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as failure:
         raise ValueError(f"{type(model).__name__} is not supported: it fails over a token tree: {failure}") from failure
     check_windows(base, first.windows)
-    base._forms = cache.forms()
+    base._forms, base._probed = cache.forms(), base.dtype
     base._waits = watch.found
     error = ((tree - linear).abs().max() / linear.abs().max()).item()
     if not error <= PROBE_TOLERANCE[linear.dtype]:

@@ -27,15 +27,34 @@ class LayerForm(NamedTuple):
         return self.heads * (self.key_size + self.value_size) * self.dtype.itemsize
 
 
+class _Shared:
+    """What the layers of a cache have in common; they do not know the cache, so that nothing keeps its memory alive."""
+
+    def __init__(self, lengths: Tensor, slots: int) -> None:
+        self.lengths = lengths
+        self.slots = slots
+        self.index: dict[tuple[int, int, int], Tensor] = {}
+
+    def write_index(self, heads: int, count: int, slots: int) -> Tensor:
+        """Rows of the flattened [B * heads * slots] that take `count` new slots; made once for a forward."""
+        key = heads, count, slots
+        if key not in self.index:
+            batch, device = self.lengths.shape[0], self.lengths.device
+            first = torch.arange(0, batch * heads * slots, slots, device=device).view(batch, heads, 1)
+            slot = self.lengths.view(-1, 1, 1) + torch.arange(count, device=device)
+            self.index[key] = (first + slot).flatten()
+        return self.index[key]
+
+
 class SlotLayer(CacheLayerMixin):
     """Keys and values of one layer, [B, Hkv, slots, hd]."""
 
     is_compileable = True
     is_sliding = False  # all layers are full length; a window is applied by position, in the kernel
 
-    def __init__(self, cache: SlotCache) -> None:
+    def __init__(self, shared: _Shared) -> None:
         super().__init__()
-        self.cache = cache
+        self.shared = shared
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """As the first forward shows it, where it was not known before."""
@@ -44,7 +63,7 @@ class SlotLayer(CacheLayerMixin):
 
     def allocate(self, form: LayerForm) -> None:
         # Zeros, and not what the memory held: a slot that was never written is not seen, but may be multiplied.
-        shape, device = (self.cache.lengths.shape[0], form.heads, self.cache.slots), self.cache.lengths.device
+        shape, device = (self.shared.lengths.shape[0], form.heads, self.shared.slots), self.shared.lengths.device
         self.hold(*(torch.zeros(*shape, n, dtype=form.dtype, device=device) for n in (form.key_size, form.value_size)))
 
     def hold(self, keys: Tensor, values: Tensor) -> None:
@@ -69,23 +88,25 @@ class SlotLayer(CacheLayerMixin):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         keys, values = self._held()
-        index = self.cache.write_index(keys.shape[1], key_states.shape[2])
+        index = self.shared.write_index(keys.shape[1], key_states.shape[2], keys.shape[2])
         keys.flatten(0, 2).index_copy_(0, index, key_states.reshape(-1, key_states.shape[-1]))
         values.flatten(0, 2).index_copy_(0, index, value_states.reshape(-1, value_states.shape[-1]))
         return keys, values
 
     def grow(self, slots: int) -> None:
         if self.is_initialized:
-            self.keys, self.values = (grown(old, slots) for old in self._held())
+            keys, values = self._held()
+            if keys.shape[2] < slots:
+                self.keys, self.values = grown(keys, slots), grown(values, slots)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.cache.slots, 0
+        return self.shared.slots, 0
 
     def get_seq_length(self) -> int:
         return 0  # positions are always given; nothing may ask the device for a length
 
     def get_max_length(self) -> int:
-        return self.cache.slots
+        return self.shared.slots
 
 
 class SlotCache(Cache):
@@ -97,13 +118,19 @@ class SlotCache(Cache):
     """
 
     def __init__(self, forms: Sequence[LayerForm | None], lengths: Tensor, slots: int) -> None:
-        self.lengths = lengths
-        self.slots = slots
-        self._index: dict[tuple[int, int], Tensor] = {}
-        super().__init__(layers=[SlotLayer(self) for _ in forms])
+        self._shared = _Shared(lengths, slots)
+        super().__init__(layers=[SlotLayer(self._shared) for _ in forms])
         for layer, form in zip(self.layers, forms, strict=True):
             if form is not None:
                 layer.allocate(form)
+
+    @property
+    def lengths(self) -> Tensor:
+        return self._shared.lengths
+
+    @property
+    def slots(self) -> int:
+        return self._shared.slots
 
     def forms(self) -> list[LayerForm | None]:
         return [layer.form for layer in self.layers]
@@ -119,17 +146,7 @@ class SlotCache(Cache):
 
     def begin(self) -> None:
         """Start a forward: the lengths may have changed since the last one."""
-        self._index.clear()
-
-    def write_index(self, heads: int, count: int) -> Tensor:
-        """Rows of the flattened [B * heads * slots] that take `count` new slots; shared by the layers of a forward."""
-        index = self._index.get((heads, count))
-        if index is None:
-            batch, device = self.lengths.shape[0], self.lengths.device
-            first = torch.arange(0, batch * heads * self.slots, self.slots, device=device).view(batch, heads, 1)
-            slot = self.lengths.view(-1, 1, 1) + torch.arange(count, device=device)
-            index = self._index[heads, count] = (first + slot).flatten()
-        return index
+        self._shared.index.clear()
 
     def keys(self) -> list[Tensor]:
         """Of the layers that keep any: some models let a layer attend to another one's."""
@@ -139,10 +156,11 @@ class SlotCache(Cache):
         return [layer.values for layer in self.layers if layer.is_initialized]
 
     def grow(self, slots: int) -> None:
-        """Move every layer to a larger allocation; the committed slots keep what they hold."""
-        self.slots = slots
+        """Move every layer to a larger allocation; the committed slots keep what they hold. Where memory ends before
+        all have moved, nothing is lost: a layer may have more slots than the others."""
         for layer in self.layers:
             layer.grow(slots)
+        self._shared.slots = slots
 
 
 def grown(old: Tensor, slots: int) -> Tensor:

@@ -116,7 +116,7 @@ class Call:
     def form(self) -> Form:
         """Of an engine for the jobs made so far."""
         sampling = None if self.processed else self.sampling
-        return Form(self.slots, self.tree, tuple(self.stop_ids), sampling, self.plan.form)
+        return Form(self.slots, self.tree, tuple(self.stop_ids), sampling, self.plan.shared)
 
     def choose(self) -> Choose:
         sampler = Sampler(self.sampling, self.slots, self.tree.nodes, self.base.device)

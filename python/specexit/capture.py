@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import gc
+import threading
 import warnings
-from collections.abc import Callable, Iterable
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Any, Protocol
 
 import torch
@@ -55,26 +56,24 @@ Recorder = Callable[[Callable[[], None]], Recording]
 class CudaGraph:
     """A function captured on the current stream, which must not be the default one. It is not executed.
 
-    Raises whatever the function raises, or RuntimeError where it does what a capture forbids; nothing is held then.
+    Raises whatever the function raises, or RuntimeError where it does what a capture forbids.
     """
 
     def __init__(self, function: Callable[[], None]) -> None:
         self._stream = torch.cuda.current_stream()
         self._stream.synchronize()
-        # A graph that is collected, or memory that is given back, while another is captured would void it.
-        gc.collect()
-        torch.cuda.empty_cache()
+        torch.cuda.empty_cache()  # what a warm-up has left there would stay beside the graph's own memory
         before = torch.cuda.memory_reserved()
-        self._graph = torch.cuda.CUDAGraph()
-        # Other threads may use the GPU meanwhile: a consumer of a stream, a data loader.
-        self._graph.capture_begin(capture_error_mode="thread_local")
+        # The workspace that cuBLAS keeps for the stream must be the graph's own too: others may give that one back.
+        torch._C._cuda_clearCublasWorkspaces()
+        collecting = gc.isenabled()
+        gc.disable()  # a graph or memory that is collected meanwhile would void the capture
         try:
-            function()
-        except BaseException:
-            with suppress(RuntimeError):  # the capture is void already, and ending it says so once more
-                self._graph.capture_end()
-            raise
-        self._graph.capture_end()
+            self._graph = _captured(function)
+        finally:
+            if collecting:
+                gc.enable()
+            torch._C._cuda_clearCublasWorkspaces()
         self.nbytes = torch.cuda.memory_reserved() - before
 
     def replay(self) -> None:
@@ -85,48 +84,127 @@ class CudaGraph:
         self._graph.reset()
 
 
+def _captured(function: Callable[[], None]) -> torch.cuda.CUDAGraph:
+    graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
+    with torch.inference_mode(False):  # random generators get a state that other captures must be able to write
+        # Other threads may use the GPU meanwhile: a consumer of a stream, a data loader.
+        graph.capture_begin(pool, capture_error_mode="thread_local")
+    try:
+        function()
+        graph.capture_end()
+    except BaseException:
+        _abandon(graph, pool)
+        raise
+    return graph
+
+
+def _abandon(graph: torch.cuda.CUDAGraph, pool: tuple[int, int]) -> None:
+    """End a capture that has failed. Where it is void, `capture_end` raises before it has ended torch's part of it (seen
+    in the sources of torch 2.11): then the allocator and the random generators would stay in it."""
+    with suppress(RuntimeError):
+        graph.capture_end()
+        return
+    for end in (torch._C._cuda_endAllocateToPool, torch._C._cuda_releasePool):
+        with suppress(RuntimeError):
+            end(torch.cuda.current_device(), pool)
+    _ABANDONED.append(graph)
+    with suppress(RuntimeError):  # a capture that succeeds ends it for the generators
+        empty = torch.cuda.CUDAGraph()
+        empty.capture_begin(capture_error_mode="thread_local")
+        empty.capture_end()
+
+
+_ABANDONED: list[torch.cuda.CUDAGraph] = []  # the allocator may point into them as long as the process lives
+
+
 def recorder(device: torch.device) -> Recorder | None:
     """What records a step on this device; None: nothing does, and the function is called each time."""
     return CudaGraph if device.type == "cuda" else None
 
 
-class Replayed:
-    """Calls a function: once as it is, which sets up whatever is set up on first use; from then on its recording.
+@contextmanager
+def noting_waits() -> Iterator[list[str]]:
+    """Collects what torch says of operations in the block that wait for a GPU; those inside operators too."""
+    found: list[str] = []
+    if not torch.cuda.is_initialized():
+        yield found
+        return
+    before = torch.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            yield found
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
+    for warning in caught:
+        text = str(warning.message)
+        if "synchronizing CUDA operation" in text:
+            found.append(f"{text.strip()} ({warning.filename}:{warning.lineno})")
+        elif "debug mode" not in text:  # of the mode itself
+            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
 
-    A function that cannot be recorded is called as it is each time, and a warning says why.
+
+class Replayed:
+    """Calls a function as it is at first, which sets up whatever is set up on first use; then records it, and from then
+    on replays that.
+
+    A function that cannot be recorded is called each time, and a warning says why.
+
+    record  None: nothing does
+    watch   notes what waits for the device in a call; a first call may, but not the second
     """
 
-    def __init__(self, function: Callable[[], None], record: Recorder | None) -> None:
-        self._function = function
+    def __init__(
+        self,
+        record: Recorder | None,
+        watch: Callable[[], AbstractContextManager[list[str]]] = noting_waits,
+    ) -> None:
         self._record = record
-        self._warm = False
+        self._watch = watch
+        self._warm: int | None = None  # the thread of the last call, as libraries set up something for each thread
+        self._waited = False
         self.recording: Recording | None = None
+        self.refused = False  # it was tried in vain
 
-    def __call__(self) -> None:
-        if self.recording is None and self._warm and self._record is not None:
-            self.recording = self._recorded(self._record)
+    def __call__(self, function: Callable[[], None]) -> None:
+        if self.recording is None and self._record is not None and self._warm != threading.get_ident():
+            self._warm_up(function)
+            return
+        if self.recording is None and self._record is not None:
+            self.recording = self._recorded(self._record, function)
         if self.recording is not None:
             self.recording.replay()
         else:
-            self._function()
-            self._warm = True
+            function()
 
     def reset(self) -> None:
-        """Forget the recording: addresses are about to change."""
+        """Forget the recording: what it reads or writes is about to move."""
         if self.recording is not None:
             self.recording.reset()
-        self.recording, self._warm = None, False
+        self.recording, self._warm = None, None
 
-    def _recorded(self, record: Recorder) -> Recording | None:
+    def _warm_up(self, function: Callable[[], None]) -> None:
+        with self._watch() as waits:
+            function()
+        if not waits:
+            self._warm = threading.get_ident()
+        elif self._waited:
+            self._refuse(f"it waits for the device: {waits[0]}")
+        self._waited = bool(waits)
+
+    def _recorded(self, record: Recorder, function: Callable[[], None]) -> Recording | None:
         try:
-            return record(self._function)
+            return record(function)
         except torch.OutOfMemoryError as error:
-            reason = f"its memory does not fit beside what is there ({_first_line(error)})"
+            self._refuse(f"its memory does not fit beside what is there ({_first_line(error)})")
         except RuntimeError as error:
-            reason = _first_line(error)
-        self._record = None
-        warn_uncaptured(reason)
+            self._refuse(_first_line(error))
         return None
+
+    def _refuse(self, reason: str) -> None:
+        self._record, self.refused = None, True
+        warn_uncaptured(reason)
 
 
 def warn_uncaptured(reason: str) -> None:

@@ -8,7 +8,7 @@ between steps. A slot that holds none decodes as the others do, one position lon
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 
@@ -20,11 +20,11 @@ from specexit.capture import Recorder, Replayed
 from specexit.config import TreeConfig
 from specexit.drafts.base import Draft
 from specexit.job import Job
-from specexit.memory import available, held, out_of_memory
+from specexit.memory import available, held, out_of_memory, weights_of
 from specexit.prefill import first_token, observe_root, prefill
 from specexit.prompts import Prompts
 from specexit.publication import pack, publication
-from specexit.sampling import Choose
+from specexit.sampling import Choose, SamplingConfig
 from specexit.step import Buffers, chain_form, decode_step
 from specexit_kernels import DecodeState, ExitRules, Finish
 from specexit_kernels.state import RULES_OF_A_ROW
@@ -36,15 +36,15 @@ class Form:
 
     batch     B: slots for sequences
     stop_ids  end a sequence
-    sampling  the settings of the sampler; None: processors are in the way, which run on the host
-    exit      what `ExitPlan.form` says
+    sampling  None: processors are in the way, which run on the host
+    exit      `ExitPlan.shared`
     """
 
     batch: int
     tree: TreeConfig
     stop_ids: tuple[int, ...]
-    sampling: object
-    exit: object
+    sampling: SamplingConfig | None
+    exit: tuple[object, ...]
 
 
 class Engine:
@@ -78,7 +78,11 @@ class Engine:
         self.bucket = slot_bucket(base.device)
         # A graph cannot be captured on the default stream.
         self._stream = stream or (torch.cuda.Stream(base.device) if base.device.type == "cuda" else None)
-        self._step = Replayed(self._run, record)
+        self._aside = torch.cuda.Stream(base.device) if base.device.type == "cuda" else None
+        self._step = Replayed(record)
+        self._modules = base.model, draft
+        self._weights = 0
+        self.place = base.device, base.dtype
         free = available(base.device)
         try:
             with torch.inference_mode(), self._on_stream():
@@ -126,6 +130,11 @@ class Engine:
         """Whether steps are replayed."""
         return self._step.recording is not None
 
+    @property
+    def refused(self) -> bool:
+        """Whether the step could not be captured."""
+        return self._step.refused
+
     def nbytes(self) -> dict[str, int]:
         """Bytes of its parts, by their names in `Memory`."""
         cache = self.buffers.cache
@@ -133,7 +142,7 @@ class Engine:
         return {
             "cache": held(cache.keys(), cache.values()),
             "drafts_cache": 0 if self.draft is None else self.draft.nbytes,
-            "buffers": held(others, self.buffers.chain, self.buffers.last_features),
+            "buffers": held(others, [value for value in vars(self.buffers).values() if value is not cache]),
             "graph": 0 if self._step.recording is None else self._step.recording.nbytes,
         }
 
@@ -141,7 +150,15 @@ class Engine:
     def active(self) -> Iterator[None]:
         """Inside the block the model is attached, and all work goes to the engine's stream."""
         with torch.inference_mode(), self.base.attached(), self._on_stream():
+            weights = hash(tuple(tensor.data_ptr() for tensor in weights_of(*self._modules)))
+            if weights != self._weights:  # a captured step reads them where they were
+                self._step.reset()
+            self._weights = weights
             yield
+
+    def aside(self) -> AbstractContextManager[object]:
+        """For what the host computes about published tokens: it does not wait for the steps that are launched."""
+        return nullcontext() if self._aside is None else torch.cuda.stream(self._aside)
 
     def seat(self, first: int, jobs: Sequence[Job]) -> bool:
         """Read the prompts of `jobs` into the slots from `first` on, which are free. Inside `active`.
@@ -186,7 +203,7 @@ class Engine:
 
     def step(self) -> None:
         """One step of every slot; `published` has what it publishes. Inside `active`."""
-        self._step()
+        self._step(self._run)
 
     def _run(self) -> None:
         decode_step(self.base, self.draft, self.form.tree, self.choose, self.rules, self.buffers)
@@ -203,14 +220,16 @@ class Engine:
         before = self.slots
         if slots <= before:
             return True
-        free = 0.9 * available(self.base.device)  # some of it is in pieces, and the draft takes some
+        free = available(self.base.device)
         for wanted in (round_up(max(slots, before + before // 2), self.bucket), round_up(slots, self.bucket)):
             # The old memory of a layer is given back when the new one is filled.
-            if (wanted - before) * self.form.batch * self.base.slot_bytes < free:
-                self._step.reset()
-                self.buffers.cache.grow(wanted)
+            if (wanted - before) * self.form.batch * self.base.slot_bytes > free:
+                continue
+            self._step.reset()
+            with suppress(torch.OutOfMemoryError):  # in pieces, perhaps
                 if self.draft is not None:
                     self.draft.grow(wanted - before)
+                self.buffers.cache.grow(wanted)
                 return True
         return False
 

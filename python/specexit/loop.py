@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 
 import torch
 
@@ -34,7 +34,8 @@ class Loop:
         self._error: Exception | None = None
 
     def feed(self) -> None:
-        """Take jobs for the free slots. Whoever makes them may do anything, so this is not for `engine.active()`."""
+        """Take jobs for the free slots. Whoever makes them may use the model, so not inside `engine.active()`, unless
+        they are made already."""
         try:
             while self._error is None and len(self._waiting) < self.seats.count(None):
                 self._waiting.append(next(self.jobs))
@@ -62,24 +63,29 @@ class Loop:
         first = 0
         while self._waiting and first < len(self.seats):
             taken: list[Job] = []
-            while self._waiting and first + len(taken) < len(self.seats) and self.seats[first + len(taken)] is None:
+            while first + len(taken) < len(self.seats) and self.seats[first + len(taken)] is None and self._fits():
                 taken.append(self._waiting.popleft())
             if taken:
-                self._seat(first, taken)
+                self.seats[first : first + len(taken)] = taken
+                if self.engine.seat(first, taken):
+                    seats = tuple(job if job in taken else None for job in self.seats)
+                    self._ring.push(self.engine.published, seats)
             first += len(taken) + 1
 
-    def _seat(self, first: int, jobs: Sequence[Job]) -> None:
-        engine = self.engine
-        if not engine.reserve(self._needed(jobs)):
-            longest = max(job.length for job in jobs)
-            self._error = torch.OutOfMemoryError(
-                f"prompts must fit in the cache, which has no memory to grow beyond {len(self.seats)} x {engine.slots} "
-                f"slots, was one of {longest} tokens: take fewer slots at a time"
-            )
-            return
-        self.seats[first : first + len(jobs)] = jobs
-        if engine.seat(first, jobs):
-            self._ring.push(engine.published, tuple(job if job in jobs else None for job in self.seats))
+    def _fits(self) -> bool:
+        """Whether there is a next job that waits, and room for it. Those that waited behind one that has none are not
+        decoded: the error comes when the others have ended."""
+        if not self._waiting:
+            return False
+        job = self._waiting[0]
+        if self.engine.reserve(self._needed([job])):
+            return True
+        self._error = torch.OutOfMemoryError(
+            f"prompts must fit in the cache, which has no memory to grow beyond {len(self.seats)} x {self.engine.slots} "
+            f"slots, prompts[{job.index}] has {job.length} tokens: decode fewer at a time"
+        )
+        self._waiting.clear()
+        return False
 
     def _needed(self, jobs: Iterable[Job | None], steps: int = 0) -> int:
         """Slots for a tree of these when they have come as far as they can in `steps` steps."""
@@ -106,7 +112,8 @@ class Loop:
             for slot, (job, found) in enumerate(zip(seats, unpack(packed, state.depth, state.signals), strict=True)):
                 if job is None or job.ended:
                     continue
-                job.take(found)
+                with self.engine.aside():
+                    job.take(found)
                 if job.ended:
                     ended.append(job)
                     self.seats[slot] = None

@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,7 +20,7 @@ class Memory:
     drafts_cache  the draft's, with its buffers
     buffers  the state of decoding
     graph    what the captured step computes on the way
-    slots    sequences that have a place, and positions of each; 0 where nothing is held
+    slots    positions that the caches have room for
     """
 
     base: int
@@ -29,7 +29,7 @@ class Memory:
     drafts_cache: int
     buffers: int
     graph: int
-    slots: tuple[int, int] = (0, 0)
+    slots: int = 0
 
     @property
     def total(self) -> int:
@@ -39,7 +39,7 @@ class Memory:
         parts = {
             "base": self.base,
             "draft": self.draft,
-            f"cache of {self.slots[0]} x {self.slots[1]} slots": self.cache,
+            f"cache of {self.slots:,} slots": self.cache,
             "draft's cache": self.drafts_cache,
             "buffers": self.buffers,
             "graph": self.graph,
@@ -76,6 +76,12 @@ def tensors_in(value: object) -> Iterator[Tensor]:
     elif dataclasses.is_dataclass(value):
         for field in dataclasses.fields(value):
             yield from tensors_in(getattr(value, field.name))
+
+
+def weights_of(*modules: object) -> list[Tensor]:
+    """Parameters and buffers of those that are modules."""
+    found = [module for module in modules if isinstance(module, nn.Module)]
+    return [tensor for module in found for tensor in (*module.parameters(), *module.buffers())]
 
 
 def available(device: torch.device) -> float:

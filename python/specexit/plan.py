@@ -32,8 +32,8 @@ class ExitPlan:
     assume: list[bool | None]
 
     @property
-    def form(self) -> tuple[object, ...]:
-        """What all rows share, and so is fixed in a captured step."""
+    def shared(self) -> tuple[object, ...]:
+        """What all rows share, and so is fixed in a captured step; two plans that agree in it have the same."""
         rules = self.rules
         flags = (rules.per_step, rules.has_minimum, rules.has_budget, rules.force_stops)
         return (self.markers, self.source, rules.thresholds.shape[1], rules.smoothing, rules.window, *flags)

@@ -78,8 +78,7 @@ def test_ids_may_be_on_the_host(decoder, prompts):
 
 def kept(decoder: SpecExitDecoder) -> Engine:
     """The engine of the decoder's last call."""
-    assert decoder._pool._kept is not None
-    return decoder._pool._kept[1]
+    return decoder._pool.kept[-1]
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
