@@ -327,7 +327,7 @@ def test_too_few_seeds(pair: tuple[Any, Any]) -> None:
     options = {"max_new_tokens": 4, "temperature": 1.0}
     results = make(pair).generate_many([[3], [4], [5]], slots=1, seed=[1, 2], **options)
     assert len([next(results), next(results)]) == 2
-    with pytest.raises(ValueError, match="seed must be one int or one a prompt, was 2 of them for more prompts"):
+    with pytest.raises(ValueError, match="seed must be one int or one a prompt, was 2 of them for more"):
         next(results)
 
 

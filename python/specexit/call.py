@@ -2,39 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
 from specexit.base import BaseModel
 from specexit.config import TreeConfig
 from specexit.engine import Form
-from specexit.generation import row_limits, split_criteria
+from specexit.generation import Prepared, prepare, row_limits, split_criteria
 from specexit.job import Job
 from specexit.output import RowStats
 from specexit.plan import Exit, ExitPlan, ExitPlanner
 from specexit.processors import PathProcessor, check_processors, of_row, split_warpers
-from specexit.prompts import pack_prompts
+from specexit.prompts import pack_prompts, prompt_ids
 from specexit.sampling import Choose, Sampler, SamplingConfig
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """What transformers made of the options for a batch.
-
-    input_ids       [B, P] int64, padded on the left
-    attention_mask  [B, P], or None
-    """
-
-    input_ids: Tensor
-    attention_mask: Tensor | None
-    processors: LogitsProcessorList
-    criteria: StoppingCriteriaList
-    config: GenerationConfig
 
 
 class Call:
@@ -62,56 +47,67 @@ class Call:
         self.slots = slots
         self.processed = False  # whether processors run on the host
 
+    def jobs_of(
+        self, prompts: Iterable[Sequence[int] | Tensor], seeds: Iterator[int], options: dict[str, Any]
+    ) -> Iterator[Job]:
+        """The prompts of `generate_many`, each prepared when it is its turn."""
+        base, taken = self.base, 0
+        for index, prompt in enumerate(prompts):
+            ids = prompt_ids(prompt, f"prompts[{index}]", base.vocab_size).to(base.device)
+            prepared = prepare(base.model, ids, torch.ones_like(ids), options)
+            rows = list(islice(seeds, len(prepared.input_ids)))
+            if len(rows) < len(prepared.input_ids):
+                raise ValueError(
+                    f"seed must be one int or one a prompt, was {taken + len(rows)} of them for more"
+                )
+            taken += len(rows)
+            yield from self.jobs(prepared, rows, index)
+
     def jobs(
-        self, prepared: Prepared, seeds: Sequence[int], streamer: BaseStreamer | None = None, prompt: int | None = None
+        self, prepared: Prepared, seeds: Sequence[int], index: int | None = None, streamer: BaseStreamer | None = None
     ) -> list[Job]:
         """The rows of a batch.
 
-        seeds   one a row
-        prompt  index of the one prompt that all rows are of; None: each row is a prompt
+        seeds  one a row
+        index  of the one prompt that all rows are of; None: each row is a prompt
         """
-        base = self.base
-        mask, config = prepared.attention_mask, prepared.config
+        base, config, mask = self.base, prepared.config, prepared.attention_mask
         input_ids = prepared.input_ids.cpu()
         prompts = pack_prompts(input_ids, None if mask is None else mask.cpu(), base.vocab_size)
+        batch = len(prompts.lengths)
         stop_ids, longest, criteria = split_criteria(prepared.criteria, config, base.vocab_size)
         sampling, processors = split_warpers(list(prepared.processors), bool(config.do_sample))
-        self._fix(not prompt, sampling, stop_ids, bool(processors))
+        check_processors(processors, several=batch > 1)
+        if index is None or index == 0:
+            self.sampling, self.stop_ids, self.processed = sampling, stop_ids, bool(processors)
+            self.plan = self.planner.plan(self.exit, batch if index is None else 1, stop_ids, base.device)
+        elif (self.sampling, self.stop_ids, self.processed) != (sampling, stop_ids, bool(processors)):
+            raise RuntimeError("transformers prepared another way of sampling or stopping for a later prompt")
         wanted = [length + longest - input_ids.shape[1] for length in prompts.lengths]
         limits = row_limits(
             prompts.lengths, wanted, positions=base.max_positions, capacity=self.capacity, nodes=self.tree.nodes
         )
-        batch = len(wanted)
-        if not prompt:
-            self.plan = self.planner.plan(self.exit, batch if prompt is None else 1, stop_ids, base.device)
-        check_processors(processors, self.slots)
-        rows = [prompts.row(index) for index in range(batch)]
-        rule = range(batch) if prompt is None else [0] * batch
-        return [
-            Job(
-                index=index if prompt is None else prompt,
-                prompt=rows[index],
-                prefix=prefix,
-                limit=limits[index],
-                wanted=wanted[index],
-                seed=seeds[index],
-                rules=self.plan.rules,
-                rule=rule[index],
-                thinking=self.plan.is_thinking(rows[index], rule[index]),
-                processors=of_row(processors, index),
-                criteria=criteria,
-                streamer=streamer,
-                device=base.device,
+        jobs = []
+        for row, prefix in enumerate(input_ids.tolist()):
+            prompt, rule = prompts.row(row), row if index is None else 0
+            jobs.append(
+                Job(
+                    index=row if index is None else index,
+                    prompt=prompt,
+                    prefix=prefix,
+                    limit=limits[row],
+                    wanted=wanted[row],
+                    seed=seeds[row],
+                    rules=self.plan.rules,
+                    rule=rule,
+                    thinking=self.plan.is_thinking(prompt, rule),
+                    processors=of_row(processors, row),
+                    criteria=criteria,
+                    streamer=streamer,
+                    device=base.device,
+                )
             )
-            for index, prefix in enumerate(input_ids.tolist())
-        ]
-
-    def _fix(self, is_first: bool, sampling: SamplingConfig, stop_ids: list[int], processed: bool) -> None:
-        """Raises RuntimeError where transformers made other things of a later prompt."""
-        if is_first:
-            self.sampling, self.stop_ids, self.processed = sampling, stop_ids, processed
-        elif (self.sampling, self.stop_ids, self.processed) != (sampling, stop_ids, processed):
-            raise RuntimeError("transformers prepared another way of sampling or stopping for a later prompt")
+        return jobs
 
     def form(self) -> Form:
         """Of an engine for the jobs made so far."""

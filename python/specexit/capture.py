@@ -99,8 +99,8 @@ def _captured(function: Callable[[], None]) -> torch.cuda.CUDAGraph:
 
 
 def _abandon(graph: torch.cuda.CUDAGraph, pool: tuple[int, int]) -> None:
-    """End a capture that has failed. Where it is void, `capture_end` raises before it has ended torch's part of it (seen
-    in the sources of torch 2.11): then the allocator and the random generators would stay in it."""
+    """End a capture that has failed. Where it is void, `capture_end` raises before it has ended torch's part of it (as
+    the sources of torch 2.11 have it): the allocator and the random generators would stay in it."""
     with suppress(RuntimeError):
         graph.capture_end()
         return

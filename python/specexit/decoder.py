@@ -12,7 +12,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
-from itertools import chain, islice
+from itertools import chain
 from threading import RLock
 from typing import Any
 
@@ -30,11 +30,19 @@ from transformers.generation.streamers import BaseStreamer
 
 from specexit import checks
 from specexit.base import BaseModel, check_supported, probe
-from specexit.call import Call, Prepared
+from specexit.call import Call
 from specexit.config import TreeConfig, check_tree
 from specexit.drafts import Draft, load_draft
 from specexit.exit import ExitConfig
-from specexit.generation import check_generation_config, check_model_kwargs, ending, generate_options, pad_id
+from specexit.generation import (
+    Prepared,
+    check_generation_config,
+    check_model_kwargs,
+    ending,
+    generate_options,
+    pad_id,
+    prepare,
+)
 from specexit.job import Job
 from specexit.loading import load_base, load_tokenizer
 from specexit.loop import Loop
@@ -42,7 +50,8 @@ from specexit.memory import Memory
 from specexit.output import Completion, GenerateOutput, join_sequences
 from specexit.plan import Exit, ExitPlanner, check_exit
 from specexit.pool import Pool, batch_bucket
-from specexit.prompts import left_padded, pack_prompts, prompt_ids
+from specexit.processors import check_processors
+from specexit.prompts import left_padded, pack_prompts
 from specexit.sampling import row_seeds, seeds_of
 
 Seed = int | Sequence[int] | None
@@ -204,31 +213,13 @@ class SpecExitDecoder:
             )
             if not prompts.lengths:
                 return GenerateOutput(input_ids.long(), [], [])
-            results: list[GenerateOutput] = []
-
-            # transformers merges the generation_config and builds the processors and criteria, so that every option
-            # means here what it means there; then it calls this.
-            def run(
-                model: PreTrainedModel,
-                input_ids: Tensor,
-                logits_processor: LogitsProcessorList,
-                stopping_criteria: StoppingCriteriaList,
-                generation_config: GenerationConfig,
-                **rest: Any,
-            ) -> Tensor:
-                check_generation_config(generation_config)
-                mask = rest.get("attention_mask")
-                prepared = Prepared(input_ids, mask, logits_processor, stopping_criteria, generation_config)
-                results.append(self._decode(prepared, seed, streamer, exit, tree))
-                return results[0].sequences
-
-            pad = pad_id(self.model.generation_config)
-            ids, mask = (tensor.to(self.device) for tensor in left_padded(prompts, pad))
-            self.model.generate(input_ids=ids, attention_mask=mask, custom_generate=run, **options)
-            result = results[0]
+            ids, mask = left_padded(prompts, pad_id(self.model.generation_config))
+            prepared = prepare(self.model, ids.to(self.device), mask.to(self.device), options)
+            result = self._decode(prepared, seed, streamer, exit, tree)
             # One row each, also where the generation_config asks for several sequences a prompt.
             input_ids = input_ids.repeat_interleave(len(result.stats) // len(prompts.lengths), 0)
-            return GenerateOutput(join_sequences(input_ids, result.new_tokens, pad), result.new_tokens, result.stats)
+            sequences = join_sequences(input_ids, result.new_tokens, pad_id(self.model.generation_config))
+            return GenerateOutput(sequences, result.new_tokens, result.stats)
 
     def __call__(
         self,
@@ -286,7 +277,8 @@ class SpecExitDecoder:
         prompts  ids of one prompt each, without padding; taken as slots become free, so they need not end
         slots    sequences that are decoded at a time
         The others are those of `generate`, and each text is what it gives for that prompt alone, with that prompt's
-        seed: given, or derived from one int and the prompt's index.
+        seed: given, or derived from one int and the prompt's index (where the generation_config asks for several
+        sequences a prompt: the sequence's).
 
         Yields completions as they end, `index` telling the prompt. A prompt that cannot be decoded raises, when those
         that are being decoded have ended. Raises TypeError or ValueError for another argument at once.
@@ -302,10 +294,11 @@ class SpecExitDecoder:
             logits_processor=logits_processor,
             stopping_criteria=stopping_criteria,
         )
-        if exit is not None and not isinstance(exit, ExitConfig):
-            raise TypeError(f"exit must be one ExitConfig for all prompts, was {type(exit).__name__}")
+        check_processors(logits_processor or [], several=True)
         call = self._call(exit, tree, slots)
-        return self._complete(call, self._jobs(call, prompts, seeds_of(seed), options))
+        if not isinstance(call.exit, ExitConfig):
+            raise TypeError(f"exit must be one ExitConfig for all prompts, was {type(call.exit).__name__}")
+        return self._complete(call, call.jobs_of(prompts, seeds_of(seed), options))
 
     def tree_for(self, batch: int, tree: TreeConfig | None = None) -> TreeConfig:
         """The tree that `batch` sequences at a time are decoded with, unless a call names another."""
@@ -342,7 +335,7 @@ class SpecExitDecoder:
         if streamer is not None and batch > 1:
             raise ValueError(f"streamer must be given one prompt, was given {batch}")
         call = self._call(exit, tree, batch_bucket(batch, self.device))
-        jobs = call.jobs(prepared, row_seeds(seed, batch), streamer)
+        jobs = call.jobs(prepared, row_seeds(seed, batch), streamer=streamer)
         if streamer is not None:
             streamer.put(prepared.input_ids.cpu())
         with self._pool.take(call, max(job.length for job in jobs)) as engine, engine.active():
@@ -353,37 +346,6 @@ class SpecExitDecoder:
         new_tokens = [job.new_tokens for job in jobs]
         sequences = join_sequences(prepared.input_ids, new_tokens, pad_id(prepared.config))
         return GenerateOutput(sequences, new_tokens, [call.stats(job) for job in jobs])
-
-    def _jobs(
-        self, call: Call, prompts: Iterable[Sequence[int] | Tensor], seeds: Iterator[int], options: dict[str, Any]
-    ) -> Iterator[Job]:
-        """The prompts of `generate_many`, each prepared by transformers when it is its turn."""
-        for index, prompt in enumerate(prompts):
-            input_ids = prompt_ids(prompt, f"prompts[{index}]")
-            pack_prompts(input_ids, None, self.base.vocab_size, f"prompts[{index}]")
-            jobs: list[Job] = []
-
-            def prepare(
-                model: PreTrainedModel,
-                input_ids: Tensor,
-                logits_processor: LogitsProcessorList,
-                stopping_criteria: StoppingCriteriaList,
-                generation_config: GenerationConfig,
-                jobs: list[Job] = jobs,
-                index: int = index,
-                **rest: Any,
-            ) -> Tensor:
-                check_generation_config(generation_config)
-                prepared = Prepared(input_ids, None, logits_processor, stopping_criteria, generation_config)
-                rows = list(islice(seeds, len(input_ids)))
-                if len(rows) < len(input_ids):
-                    raise ValueError(f"seed must be one int or one a prompt, was {index} of them for more prompts")
-                jobs += call.jobs(prepared, rows, prompt=index)
-                return input_ids
-
-            ids = input_ids.to(self.device)
-            self.model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), custom_generate=prepare, **options)
-            yield from jobs
 
     def _complete(self, call: Call, jobs: Iterator[Job]) -> Iterator[Completion]:
         """Decode jobs and yield what has ended. Between two results the decoder is free for other calls."""

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, StoppingCriteriaList
+from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
 from transformers.generation import EosTokenCriteria, MaxLengthCriteria
 from transformers.generation.streamers import BaseStreamer
 
@@ -29,6 +30,43 @@ _UNSUPPORTED = {
     "dola_layers": "DoLa reads several layers' logits",
     "use_mtp": "the decoder has its own draft",
 }
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What transformers made of the options for a batch.
+
+    input_ids       [B, P] int64, padded on the left
+    attention_mask  [B, P], or None
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor | None
+    processors: LogitsProcessorList
+    criteria: StoppingCriteriaList
+    config: GenerationConfig
+
+
+def prepare(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, options: dict[str, Any]) -> Prepared:
+    """Let transformers merge the generation_config and build processors and criteria, so that every option means here
+    what it means there. Raises ValueError for what speculative decoding cannot honour."""
+    found: list[Prepared] = []
+
+    def keep(
+        model: PreTrainedModel,
+        input_ids: Tensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
+        **rest: Any,
+    ) -> Tensor:
+        check_generation_config(generation_config)
+        mask = rest.get("attention_mask")
+        found.append(Prepared(input_ids, mask, logits_processor, stopping_criteria, generation_config))
+        return input_ids
+
+    model.generate(input_ids=input_ids, attention_mask=attention_mask, custom_generate=keep, **options)
+    return found[0]
 
 
 def generate_options(

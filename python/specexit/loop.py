@@ -81,8 +81,8 @@ class Loop:
         if self.engine.reserve(self._needed([job])):
             return True
         self._error = torch.OutOfMemoryError(
-            f"prompts must fit in the cache, which has no memory to grow beyond {len(self.seats)} x {self.engine.slots} "
-            f"slots, prompts[{job.index}] has {job.length} tokens: decode fewer at a time"
+            f"prompts must fit in the cache, which has no memory to grow beyond {len(self.seats)} x {self.engine.slots}"
+            f" slots, prompts[{job.index}] has {job.length} tokens: decode fewer at a time"
         )
         self._waiting.clear()
         return False

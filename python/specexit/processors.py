@@ -8,7 +8,7 @@ the host, along the accepted path only: at most D + 1 calls a row and step.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -43,12 +43,12 @@ _OF_A_BATCH = (
 )
 
 
-def check_processors(processors: list[LogitsProcessor], batch: int) -> None:
-    """Refuse a processor that works on whole batches, where rows are processed one at a time. Raises ValueError."""
+def check_processors(processors: Iterable[LogitsProcessor], *, several: bool) -> None:
+    """Refuse a processor of whole batches where it would get several prompts, one at a time. Raises ValueError."""
     for processor in processors:
-        if batch > 1 and isinstance(processor, _OF_A_BATCH):
+        if several and isinstance(processor, _OF_A_BATCH):
             raise ValueError(
-                f"logits_processor must not hold a {type(processor).__name__} for several prompts, was given {batch}: "
+                f"logits_processor must not hold a {type(processor).__name__} for several prompts: "
                 "it works on whole batches, and rows are processed one at a time"
             )
 

@@ -31,17 +31,20 @@ class Prompts:
         return tokens
 
 
-def prompt_ids(prompt: Sequence[int] | Tensor, name: str) -> Tensor:
-    """One prompt as ids [1, P] int64 on the host. Raises TypeError or ValueError for what is none."""
+def prompt_ids(prompt: Sequence[int] | Tensor, name: str, vocab_size: int) -> Tensor:
+    """One prompt as ids [1, P] int64 on the host. Raises TypeError or ValueError, naming it, for what is none."""
     if isinstance(prompt, Tensor):
         if prompt.dim() != 1 and not (prompt.dim() == 2 and prompt.shape[0] == 1):
             raise ValueError(f"{name} must be [P] or [1, P], was {list(prompt.shape)}")
         if prompt.is_floating_point() or prompt.is_complex() or prompt.dtype == torch.bool:
             raise TypeError(f"{name} must hold integers, was {prompt.dtype}")
-        return prompt.detach().cpu().long().view(1, -1)
-    if isinstance(prompt, (str, bytes)) or not isinstance(prompt, Sequence):
+        ids = prompt.detach().cpu().long().view(1, -1)
+    elif isinstance(prompt, (str, bytes)) or not isinstance(prompt, Sequence):
         raise TypeError(f"{name} must be ids or a tensor of them, was {type(prompt).__name__}")
-    return torch.tensor([checks.ids(name, prompt)], dtype=torch.int64)
+    else:
+        ids = torch.tensor([checks.ids(name, prompt)], dtype=torch.int64)
+    pack_prompts(ids, None, vocab_size, name)  # which checks them
+    return ids
 
 
 def pack_prompts(input_ids: Tensor, attention_mask: Tensor | None, vocab_size: int, name: str = "input_ids") -> Prompts:

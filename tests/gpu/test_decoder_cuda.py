@@ -106,8 +106,38 @@ def test_the_next_call_replays_the_same_graph(decoder, prompts):
     assert kept(decoder) is engine
     assert engine._step.recording is recording
     assert again.new_tokens == first.new_tokens
+    before = torch.cuda.memory_allocated()
+    memory = decoder.memory()
     decoder.release()
+    assert torch.cuda.memory_allocated() <= before - memory.cache - memory.drafts_cache
     assert decoder.memory().cache == decoder.memory().graph == 0
+
+
+@pytest.mark.filterwarnings("ignore:the decode step is not captured")
+def test_after_a_capture_that_fails(decoder, prompts):
+    """What waits only while it is captured: it is decoded uncaptured, and the GPU can be used as before."""
+    call = {**prompts, "max_new_tokens": 40, "temperature": 0.0}
+    expected = decoder.generate(**call).new_tokens
+    pair = bundled_pair()
+    other = SpecExitDecoder.from_pretrained(pair.base, pair.draft, dtype=torch.float32, device=DEVICE)
+    norm = other.model.model.norm
+
+    def wait(module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        if torch.cuda.is_current_stream_capturing():
+            args[0].sum().item()
+
+    handle = norm.register_forward_pre_hook(wait)
+    assert other.generate(**call).new_tokens == expected
+    assert not kept(other).captured
+    assert other._pool.record is None, "it is not tried again"
+    handle.remove()
+    other.release()
+    assert torch.randn(4, device=DEVICE).isfinite().all(), "a random generator is still in the capture"
+    torch.cuda.empty_cache()
+    assert other.model.generate(**prompts, max_new_tokens=4, do_sample=True).shape[1] > 4
+    decoder.release()
+    assert decoder.generate(**call).new_tokens == expected
+    assert kept(decoder).captured
 
 
 def test_no_step_waits_or_allocates(decoder, prompts, monkeypatch):
