@@ -57,9 +57,7 @@ class Call:
             prepared = prepare(base.model, ids, torch.ones_like(ids), options)
             rows = list(islice(seeds, len(prepared.input_ids)))
             if len(rows) < len(prepared.input_ids):
-                raise ValueError(
-                    f"seed must be one int or one a prompt, was {taken + len(rows)} of them for more"
-                )
+                raise ValueError(f"seed must be one int or one a prompt, was {taken + len(rows)} of them for more")
             taken += len(rows)
             yield from self.jobs(prepared, rows, index)
 
