@@ -150,8 +150,8 @@ assert decoder._pool.kept[-1].captured
 
 
 def test_after_a_capture_that_fails():
-    """What waits only while it is captured: it is decoded uncaptured, and the GPU can be used as before. In a process of
-    its own, as everything after it would fail where that is not so."""
+    """What waits only while it is captured: it is decoded uncaptured, and the GPU can be used as before. In a process
+    of its own, as everything after it would fail where that is not so."""
     done = subprocess.run([sys.executable, "-c", AFTER_A_FAILED_CAPTURE], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
 
