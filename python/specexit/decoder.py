@@ -71,8 +71,8 @@ class SpecExitDecoder:
     ahead      steps that are launched before what the last one published is read; None: 1 on a GPU, which so never
                waits for the host, 0 on a CPU
 
-    On a GPU the decoder keeps the buffers and the captured steps of its last two kinds of calls, which the next one uses
-    if it can. `release` gives them back: do so when the model's forward has become another one (adapters switched,
+    On a GPU the decoder keeps the buffers and the captured steps of its last two kinds of calls, for the next one of
+    their kind. `release` gives them back: do so when the model's forward has become another one (adapters switched,
     modules replaced, precision flags of torch set); weights that move are noticed.
     Raises TypeError or ValueError for a model or draft that does not fit, naming the reason.
     """
