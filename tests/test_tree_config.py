@@ -1,4 +1,5 @@
 import pytest
+import torch
 
 from specexit.config import TreeConfig
 
@@ -55,3 +56,18 @@ def test_chain_of_no_possible_length_is_refused(length):
 def test_chain_length_must_be_an_int():
     with pytest.raises(TypeError, match="length must be an int, was str"):
         TreeConfig.chain("3")
+
+
+@pytest.mark.parametrize(
+    ("batch", "nodes"), [(0, 60), (1, 60), (3, 60), (4, 46), (8, 23), (16, 11), (32, 5), (64, 2), (92, 2), (93, 1)]
+)
+def test_on_a_gpu_the_whole_batch_shares_the_free_rows(batch, nodes):
+    tree = TreeConfig.suited_to(torch.device("cuda"), batch)
+    assert tree.nodes == nodes
+    assert tree.is_chain == (nodes <= 8)
+    assert tree.candidates >= nodes - 1, "no node is inert"
+
+
+def test_on_a_cpu_a_chain_pays_best():
+    for batch in (1, 8):
+        assert TreeConfig.suited_to(torch.device("cpu"), batch) == TreeConfig.chain(8)
