@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import sys
 import weakref
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +17,7 @@ from tiny_models import VOCAB, tiny_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, StoppingCriteria, StoppingCriteriaList
 
-from specexit import Completion, ExitConfig, SpecExitDecoder, TreeConfig
+from specexit import Completion, ExitConfig, SpecExitDecoder, TreeConfig, load_draft
 from specexit.bundled import bundled_pair, load_problems
 from specexit.sampling import row_seeds
 
@@ -196,6 +197,17 @@ def test_weights_that_move_are_captured_anew(recorded: None, rng: torch.Generato
     assert torch.equal(decoder.generate(row, max_new_tokens=10, temperature=0.0).sequences, expected)
 
 
+def test_a_row_without_exit_counts_its_own_thinking(pair: tuple[Any, Any], rng: torch.Generator) -> None:
+    """Whatever the markers of the rows beside it are."""
+    decoder = make(pair)
+    row = max(ragged(pair[1], 4, rng), key=len)
+    off, options = ExitConfig.off(), {"max_new_tokens": 35, "temperature": 0.0}
+    other = ExitConfig(start_ids=(), assume_thinking=True, thinking_budget=500)
+    alone = decoder.generate(torch.tensor([row]), exit=off, **options).stats[0].thinking_tokens
+    beside = decoder.generate(torch.tensor([row, row]), exit=[off, other], **options).stats[0].thinking_tokens
+    assert beside == alone > 0
+
+
 def test_prompts_are_taken_when_there_is_room(pair: tuple[Any, Any], rng: torch.Generator) -> None:
     """An endless source is fine."""
     prompts, taken = ragged(pair[1], 6, rng), []
@@ -277,6 +289,31 @@ def test_criteria_and_processors(pair: tuple[Any, Any], ahead: int, rng: torch.G
         assert ("criteria" in reasons) == bool(extra)
 
 
+def test_what_has_ended_is_not_lost_with_an_error(pair: tuple[Any, Any]) -> None:
+    """A criterion raises for one sequence in the step that ends another."""
+    prompts = [[3] * 6, [4] * 9, [5] * 7]
+
+    class Criterion(StoppingCriteria):
+        def __call__(self, input_ids: Tensor, scores: Tensor | None, **kwargs: Any) -> Tensor:
+            first, new = int(input_ids[0, 0]), input_ids.shape[1] - len(prompts[int(input_ids[0, 0]) - 3])
+            if first == 4 and new == 5:
+                raise RuntimeError("the criterion failed")
+            return torch.tensor([new == 5])
+
+    for ahead in (0, 2):
+        decoder = make(pair, ahead=ahead, tree=TreeConfig.none(), exit=ExitConfig.off())
+        found: list[Completion] = []
+        options = {"max_new_tokens": 30, "temperature": 0.0, "eos_token_id": -1}
+        with pytest.raises(RuntimeError, match="the criterion failed"):
+            found.extend(
+                decoder.generate_many(
+                    prompts, slots=3, stopping_criteria=StoppingCriteriaList([Criterion()]), **options
+                )
+            )
+        assert [completion.index for completion in found] == [0, 2]
+        assert len(decoder.generate(torch.tensor([prompts[0]]), **options).new_tokens[0]) == 30
+
+
 def test_a_bad_prompt_raises_when_the_others_have_ended(pair: tuple[Any, Any], rng: torch.Generator) -> None:
     decoder = make(pair)
     prompts = ragged(pair[1], 5, rng)
@@ -289,6 +326,43 @@ def test_a_bad_prompt_raises_when_the_others_have_ended(pair: tuple[Any, Any], r
     assert texts(found) == expected
 
 
+def test_decoders_of_one_model_take_turns(pair: tuple[Any, Any], rng: torch.Generator) -> None:
+    """Whatever thread they are in: both attach the model, and select what their one draft reads."""
+    draft = load_draft(bundled_pair().draft, embedding=pair[0].get_input_embeddings())
+    decoders = [SpecExitDecoder(pair[0], draft, tokenizer=pair[1]) for _ in range(2)]
+    rows = ragged(pair[1], 4, rng)
+    calls = [{"max_new_tokens": 40, "temperature": 0.0, "exit": exit} for exit in (None, ExitConfig.off())]
+    expected = [texts(one_by_one(decoders[0], rows, **call)) for call in calls]
+    before = pair[0].config._attn_implementation
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-4)
+    try:
+        with ThreadPoolExecutor(4) as threads:
+            many = [
+                threads.submit(lambda d, c: texts(list(d.generate_many(rows, slots=2, **c))), decoder, call)
+                for decoder, call in zip(decoders, calls, strict=True)
+            ]
+            single = [
+                threads.submit(lambda d, c: texts(one_by_one(d, rows, **c)), decoder, call)
+                for decoder, call in zip(decoders, calls, strict=True)
+            ]
+            assert [done.result() for done in many] == expected
+            assert [done.result() for done in single] == expected
+    finally:
+        sys.setswitchinterval(interval)
+    assert pair[0].config._attn_implementation == before
+
+
+def test_runs_do_not_depend_on_the_neighbours(pair: tuple[Any, Any], rng: torch.Generator) -> None:
+    """A prompt of one token takes a step before the draft has read anything; the others do not take it with it."""
+    decoder = make(pair, exit=ExitConfig.off(), tree=TreeConfig.chain(4))
+    rows = [row for row in ragged(pair[1], 6, rng) if len(row) > 1][:3]
+    options = {"max_new_tokens": 30, "temperature": 0.0}
+    alone = one_by_one(decoder, [*rows, [3]], **options)
+    beside = sorted(decoder.generate_many([*rows, [3]], slots=4, **options), key=lambda c: c.index)
+    assert [c.stats.accepted for c in beside] == [c.stats.accepted for c in alone]
+
+
 @pytest.mark.parametrize(
     ("prompt", "error", "message"),
     [
@@ -296,6 +370,7 @@ def test_a_bad_prompt_raises_when_the_others_have_ended(pair: tuple[Any, Any], r
         (3, TypeError, r"prompts\[0\] must be ids or a tensor of them, was int"),
         ([1.5], TypeError, r"prompts\[0\] must hold ints, was float"),
         ([], ValueError, r"prompts\[0\] must hold at least one token"),
+        ([2**70], ValueError, r"prompts\[0\] must be in \[0, 80\), the base's vocabulary, was 1180591620717411303424"),
         (torch.ones(3), TypeError, r"prompts\[0\] must hold integers, was torch.float32"),
         (torch.ones(2, 3, dtype=torch.long), ValueError, r"prompts\[0\] must be \[P\] or \[1, P\], was \[2, 3\]"),
     ],
@@ -308,6 +383,11 @@ def test_what_is_no_prompt(pair: tuple[Any, Any], prompt: Any, error: type, mess
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
+        ({"prompts": 5}, TypeError, "prompts must be an iterable over prompts, each its ids, was int"),
+        ({"prompts": {"input_ids": [[1]]}}, TypeError, "prompts must be an iterable over prompts.* was dict"),
+        ({"prompts": "text"}, TypeError, "prompts must be an iterable over prompts.* was str"),
+        ({"logits_processor": 3}, TypeError, "logits_processor must be a list, as transformers' are, was int"),
+        ({"stopping_criteria": print}, TypeError, "stopping_criteria must be a list.*was builtin_function"),
         ({"slots": 0}, ValueError, "slots must be"),
         ({"slots": 2.0}, TypeError, "slots must be"),
         ({"max_new_tokens": 0}, ValueError, "max_new_tokens must be"),
@@ -320,7 +400,20 @@ def test_wrong_options_are_refused_at_once(
     pair: tuple[Any, Any], options: dict[str, Any], error: type, message: str
 ) -> None:
     with pytest.raises(error, match=message):
-        make(pair).generate_many([[1]], **options)
+        make(pair).generate_many(**{"prompts": [[1]], **options})
+
+
+def test_a_prompt_for_which_the_capacity_has_no_room(pair: tuple[Any, Any]) -> None:
+    with pytest.raises(ValueError, match=r"prompts\[1\] must leave room in the capacity of 64 slots"):
+        list(make(pair, capacity=64).generate_many([[3], [3] * 70], max_new_tokens=4, temperature=0.0))
+
+
+def test_autocast_in_the_middle(pair: tuple[Any, Any]) -> None:
+    decoder = make(pair)
+    results = decoder.generate_many([[3, 4]] * 3, slots=1, max_new_tokens=4, temperature=0.0)
+    next(results)
+    with torch.autocast("cpu"), pytest.raises(RuntimeError, match="autocast must be off"):
+        next(results)
 
 
 def test_too_few_seeds(pair: tuple[Any, Any]) -> None:

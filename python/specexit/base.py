@@ -12,7 +12,9 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from threading import RLock
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +25,8 @@ from specexit.attention import TreeContext, chain_context
 from specexit.cache import LayerForm, SlotCache
 from specexit.capture import Waits
 from specexit_kernels import bits
+
+_LOCKS: WeakKeyDictionary[PreTrainedModel, RLock] = WeakKeyDictionary()
 
 
 class BaseModel:
@@ -36,6 +40,7 @@ class BaseModel:
     def __init__(self, model: PreTrainedModel, feature_layers: Sequence[int] | None = ()) -> None:
         check_supported(model)
         self.model = model
+        self.lock = _LOCKS.setdefault(model, RLock())  # it can be attached to one batch at a time, whoever decodes
         self.config: PretrainedConfig = model.config.get_text_config(decoder=True)
         self.layers = decoder_layers(model)
         count = len(self.layers)

@@ -37,8 +37,6 @@ class Call:
     def __init__(
         self, base: BaseModel, planner: ExitPlanner, exit: Exit, tree: TreeConfig, capacity: int | None, slots: int
     ) -> None:
-        if torch.is_autocast_enabled(base.device.type):
-            raise RuntimeError("autocast must be off: the base and its cache have one dtype; load the model in another")
         self.base = base
         self.planner = planner
         self.exit = exit
@@ -83,7 +81,12 @@ class Call:
             raise RuntimeError("transformers prepared another way of sampling or stopping for a later prompt")
         wanted = [length + longest - input_ids.shape[1] for length in prompts.lengths]
         limits = row_limits(
-            prompts.lengths, wanted, positions=base.max_positions, capacity=self.capacity, nodes=self.tree.nodes
+            prompts.lengths,
+            wanted,
+            name="input_ids" if index is None else f"prompts[{index}]",
+            positions=base.max_positions,
+            capacity=self.capacity,
+            nodes=self.tree.nodes,
         )
         jobs = []
         for row, prefix in enumerate(input_ids.tolist()):

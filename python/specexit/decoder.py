@@ -10,10 +10,9 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import chain
-from threading import RLock
 from typing import Any
 
 import torch
@@ -113,10 +112,10 @@ class SpecExitDecoder:
         self.capacity = capacity
         self.tree = tree
         self.ahead = ahead if ahead is not None else int(self.base.device.type == "cuda")
-        self._lock = RLock()  # the model is attached to one batch at a time, and the draft selects one source
+        self._lock = self.base.lock  # also while the draft selects a source
         self.planner = ExitPlanner(draft, tokenizer, self.base.vocab_size, self._lock)
         self.exit: Exit = self.planner.default() if exit is None else exit
-        self._pool = Pool(self.base, draft, capacity, graph, self._lock)
+        self._pool = Pool(self.base, draft, capacity, graph)
         if exit is None and tokenizer is None and draft is not None and draft.signals:
             warnings.warn(
                 "the draft has exit signals, but without a tokenizer nothing tells where thinking and its paragraphs "
@@ -275,16 +274,19 @@ class SpecExitDecoder:
     ) -> Iterator[Completion]:
         """Continue any number of prompts, `slots` at a time: as a sequence ends, the next prompt takes its place.
 
-        prompts  ids of one prompt each, without padding; taken as slots become free, so they need not end
-        slots    sequences that are decoded at a time
-        The others are those of `generate`, and each text is what it gives for that prompt alone, with that prompt's
-        seed: given, or derived from one int and the prompt's index (where the generation_config asks for several
-        sequences a prompt: the sequence's).
+        prompts  ids of one prompt each, without padding; taken as slots become free, so they need not end. All free
+                 slots are filled before decoding goes on: a source must not wait for a result while one is free
+        slots    sequences that are decoded at a time; a slot that is free costs as much as one that is not
+        The others are those of `generate`, and each text is what it gives for that prompt alone (with an exit in its
+        default granularity) and with that sequence's seed: given, of which more than are needed do no harm, or derived
+        from one int and its number. Sequences are counted over all prompts.
 
         Yields completions as they end, `index` telling the prompt. A prompt that cannot be decoded raises, when those
-        that are being decoded have ended. Raises TypeError or ValueError for another argument at once.
+        that are being decoded have ended. Raises TypeError or ValueError for another argument.
         """
         checks.integer("slots", slots, 1)
+        if isinstance(prompts, (str, bytes, Mapping)) or not isinstance(prompts, Iterable):
+            raise TypeError(f"prompts must be an iterable over prompts, each its ids, was {type(prompts).__name__}")
         options = generate_options(
             temperature=temperature,
             top_p=top_p,

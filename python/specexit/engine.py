@@ -149,6 +149,8 @@ class Engine:
     @contextmanager
     def active(self) -> Iterator[None]:
         """Inside the block the model is attached, and all work goes to the engine's stream."""
+        if torch.is_autocast_enabled(self.base.device.type):
+            raise RuntimeError("autocast must be off: the base and its cache have one dtype; load the model in another")
         with torch.inference_mode(), self.base.attached(), self._on_stream():
             weights = hash(tuple(tensor.data_ptr() for tensor in weights_of(*self._modules)))
             if weights != self._weights:  # a captured step reads them where they were

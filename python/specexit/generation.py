@@ -86,6 +86,9 @@ def generate_options(
     SamplingConfig(0.0 if temperature is None else temperature, top_k, top_p, min_p)  # which checks them
     if max_new_tokens is not None:
         checks.integer("max_new_tokens", max_new_tokens, 1)
+    for name in ("logits_processor", "stopping_criteria"):
+        if not isinstance(others.get(name, []) or [], list):
+            raise TypeError(f"{name} must be a list, as transformers' are, was {type(others[name]).__name__}")
     for index in ids_of(eos_token_id):
         checks.integer("eos_token_id", index, -1)  # -1: none of the ids that a model emits
     options = {
@@ -131,12 +134,19 @@ def split_criteria(
 
 
 def row_limits(
-    lengths: Sequence[int], wanted: Sequence[int], *, positions: int | None, capacity: int | None, nodes: int
+    lengths: Sequence[int],
+    wanted: Sequence[int],
+    *,
+    name: str = "input_ids",
+    positions: int | None,
+    capacity: int | None,
+    nodes: int,
 ) -> list[int]:
     """Where each row must end: as wanted, or where a hard capacity has no room for another tree.
 
     lengths    of the prompts
     wanted     the longest that each row may become
+    name       what errors call the prompts
     positions  that the base may reach; None: any
     capacity   cache slots a row; None: any
     nodes      slots that a tree needs
@@ -146,7 +156,7 @@ def row_limits(
     wanted = [min(limit, _LAST_LIMIT) for limit in wanted]
     if positions is not None and max(wanted) > positions:
         raise ValueError(
-            f"input_ids and max_new_tokens must stay within {positions} positions, was {max(wanted)}: past them "
+            f"{name} and max_new_tokens must stay within {positions} positions, was {max(wanted)}: past them "
             "this base changes its rotary embedding (longrope) for the whole text"
         )
     if capacity is None:
@@ -154,7 +164,7 @@ def row_limits(
     most = capacity - nodes + 1
     if max(lengths) >= most:
         raise ValueError(
-            f"input_ids must leave room in the capacity of {capacity} slots for a tree of {nodes} "
+            f"{name} must leave room in the capacity of {capacity} slots for a tree of {nodes} "
             f"nodes and one token: prompts up to {max(most - 1, 0)} tokens, was {max(lengths)}"
         )
     return [min(limit, most) for limit in wanted]

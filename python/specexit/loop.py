@@ -31,7 +31,8 @@ class Loop:
         self.seats: list[Job | None] = [None] * engine.form.batch
         self._waiting: deque[Job] = deque()
         self._ring: Ring[Seats] = Ring()
-        self._error: Exception | None = None
+        self._error: Exception | None = None  # to be raised when all that are in the slots have ended
+        self._failure: Exception | None = None  # when those that have ended are handed over
 
     def feed(self) -> None:
         """Take jobs for the free slots. Whoever makes them may use the model, so not inside `engine.active()`, unless
@@ -48,8 +49,10 @@ class Loop:
         """Decode until some jobs have ended: those, or none when there are no more. Inside `engine.active()`."""
         self._fill()
         while True:
-            if ended := self._publish():  # with the first token of a prompt
+            if ended := self._publish():  # with the first token of a prompt, or behind the last step
                 return ended
+            if self._failure is not None:
+                raise self._failure
             if not any(self.seats):
                 if self._error is not None:
                     raise self._error
@@ -59,18 +62,20 @@ class Loop:
             self._ring.push(self.engine.published, tuple(self.seats))
 
     def _fill(self) -> None:
-        """Seat the jobs that wait, neighbours together."""
+        """Seat the jobs that wait, neighbours together; prompts of one token apart, as they take a step at once."""
         first = 0
         while self._waiting and first < len(self.seats):
             taken: list[Job] = []
             while first + len(taken) < len(self.seats) and self.seats[first + len(taken)] is None and self._fits():
+                if taken and (len(taken[0].prompt) == 1) != (len(self._waiting[0].prompt) == 1):
+                    break
                 taken.append(self._waiting.popleft())
             if taken:
                 self.seats[first : first + len(taken)] = taken
                 if self.engine.seat(first, taken):
                     seats = tuple(job if job in taken else None for job in self.seats)
                     self._ring.push(self.engine.published, seats)
-            first += len(taken) + 1
+            first += len(taken) or 1
 
     def _fits(self) -> bool:
         """Whether there is a next job that waits, and room for it. Those that waited behind one that has none are not
@@ -80,10 +85,13 @@ class Loop:
         job = self._waiting[0]
         if self.engine.reserve(self._needed([job])):
             return True
-        self._error = torch.OutOfMemoryError(
-            f"prompts must fit in the cache, which has no memory to grow beyond {len(self.seats)} x {self.engine.slots}"
-            f" slots, prompts[{job.index}] has {job.length} tokens: decode fewer at a time"
+        most = f"{len(self.seats)} x {self.engine.slots} slots"
+        error = torch.OutOfMemoryError(
+            f"prompts must fit in the cache, which has no memory to grow beyond {most}, prompts[{job.index}] has "
+            f"{job.length} tokens: decode fewer at a time"
         )
+        error.__context__ = self._error  # of the prompts' source, perhaps
+        self._error = error
         self._waiting.clear()
         return False
 
@@ -104,16 +112,21 @@ class Loop:
             engine.state.limits.clamp_(max=most)
 
     def _publish(self) -> list[Job]:
-        """Hand on what steps have published, but for the last `ahead` of them. Returns the jobs that have ended."""
+        """Hand on what steps have published, but for the last `ahead` of them. Returns the jobs that have ended.
+
+        What a criterion or a streamer raises comes after them: they are not lost with it."""
         state = self.engine.state
         ended: list[Job] = []
-        while len(self._ring) > self.ahead:
+        while len(self._ring) > self.ahead and self._failure is None:
             packed, seats = self._ring.pop()
             for slot, (job, found) in enumerate(zip(seats, unpack(packed, state.depth, state.signals), strict=True)):
                 if job is None or job.ended:
                     continue
-                with self.engine.aside():
-                    job.take(found)
+                try:
+                    with self.engine.aside():
+                        job.take(found)
+                except Exception as error:
+                    self._failure = error
                 if job.ended:
                     ended.append(job)
                     self.seats[slot] = None

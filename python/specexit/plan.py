@@ -22,13 +22,16 @@ Exit = ExitConfig | Sequence[ExitConfig]
 class ExitPlan:
     """The exit of one call, which has one row of settings a prompt, or one for all.
 
-    source  where the draft's signals are read; None: they are not
-    assume  what the settings say of whether a prompt ends inside the thinking text, per row
+    source   where the draft's signals are read; None: they are not
+    markers  of the rows whose thinking can be cut
+    counted  those by which thinking is counted, per row
+    assume   what the settings say of whether a prompt ends inside the thinking text, per row
     """
 
     rules: ExitRules
     source: str | None
     markers: Markers
+    counted: list[Markers]
     assume: list[bool | None]
 
     @property
@@ -40,11 +43,11 @@ class ExitPlan:
 
     def is_thinking(self, prompt: Sequence[int], row: int) -> bool:
         """Whether a prompt ends inside the thinking text."""
-        return is_thinking(prompt, self.markers, self.assume[row])
+        return is_thinking(prompt, self.counted[row], self.assume[row])
 
     def count_thinking(self, prompt: Sequence[int], generated: Sequence[int], row: int) -> int:
         """Generated tokens inside the thinking text."""
-        return count_thinking_tokens(prompt, generated, self.markers, self.assume[row])
+        return count_thinking_tokens(prompt, generated, self.counted[row], self.assume[row])
 
 
 def check_exit(exit: object) -> None:
@@ -92,6 +95,7 @@ class ExitPlanner:
             rules=rules_for(exit, self.vocabulary, markers, batch, device, signals, stop_ids),
             source=source,
             markers=markers,
+            counted=[markers if config.active else self.markers(config) for config in configs[:batch]],
             assume=[config.assume_thinking for config in configs[:batch]],
         )
 

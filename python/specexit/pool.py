@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from threading import RLock
 
 import torch
 
@@ -19,14 +18,12 @@ from specexit.memory import Memory, held, weights_of
 class Pool:
     """keep   how many of the engines that were given back are kept, the last ones
     graph  capture steps where the device can
-    lock   that the decoder's calls take turns by
     """
 
-    def __init__(self, base: BaseModel, draft: Draft | None, capacity: int | None, graph: bool, lock: RLock) -> None:
+    def __init__(self, base: BaseModel, draft: Draft | None, capacity: int | None, graph: bool) -> None:
         self.base = base
         self.draft = draft
         self.capacity = capacity
-        self.lock = lock
         self.stream = torch.cuda.Stream(base.device) if base.device.type == "cuda" else None
         # Two, for calls that take turns: with the exit and without it, say.
         self.keep = 0 if self.stream is None else 2
@@ -41,7 +38,7 @@ class Pool:
     def take(self, call: Call, longest: int) -> Iterator[Engine]:
         """An engine for a call whose longest prompt so far has so many tokens; nobody else has it inside the block,
         which leaves its slots empty. After an error it is not used again."""
-        with self.lock:
+        with self.base.lock:
             engine = self._reuse(call) or self._new(call, longest)
             self._taken.append(engine)
         done = False
@@ -49,7 +46,7 @@ class Pool:
             yield engine
             done = True
         finally:
-            with self.lock:
+            with self.base.lock:
                 self._taken.remove(engine)
                 if engine.refused:
                     self.record = None
@@ -61,7 +58,7 @@ class Pool:
 
     def release(self) -> None:
         """Give back the memory of the engines that are kept."""
-        with self.lock:
+        with self.base.lock:
             self._trim(0)
 
     def memory(self) -> Memory:

@@ -42,7 +42,10 @@ def prompt_ids(prompt: Sequence[int] | Tensor, name: str, vocab_size: int) -> Te
     elif isinstance(prompt, (str, bytes)) or not isinstance(prompt, Sequence):
         raise TypeError(f"{name} must be ids or a tensor of them, was {type(prompt).__name__}")
     else:
-        ids = torch.tensor([checks.ids(name, prompt)], dtype=torch.int64)
+        checked = checks.ids(name, prompt)
+        if max(checked, default=0) >= vocab_size:
+            raise ValueError(f"{name} must be in [0, {vocab_size}), the base's vocabulary, was {max(checked)}")
+        ids = torch.tensor([checked], dtype=torch.int64)
     pack_prompts(ids, None, vocab_size, name)  # which checks them
     return ids
 
