@@ -97,7 +97,7 @@ class BaseModel:
             return None
         reason = f"the forward of {type(self.model).__name__} waits for the device ({', '.join(sorted(self._waits))})"
         if getattr(self.config, "_experts_implementation", None) == "eager":
-            reason += '; load it with experts_implementation="grouped_mm", whose routing stays on the device'
+            reason += '; experts_implementation="grouped_mm" stays on the device, in bfloat16 on a recent GPU'
         return reason
 
     def new_cache(self, lengths: Tensor, slots: int) -> SlotCache:
