@@ -42,7 +42,7 @@ def main() -> int:
             all=ALL,
             cpu=CPU,
             goals=len(SUBSET),  # all cells have the quick peers before any is compiled
-            budget=33,
+            budget=28,
             show=head_model.show,
         )
     )

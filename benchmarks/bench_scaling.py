@@ -124,7 +124,7 @@ def main() -> int:
             all=ALL,
             cpu=CPU,
             goals=len(SUBSET),
-            budget=14,
+            budget=28,
             ends=True,
             options=Options(),
         )

@@ -2,6 +2,7 @@
 
     python benchmarks/bench_step.py                    # some cells, about a minute on a GPU
     python benchmarks/bench_step.py --all              # every cell that fits in memory: many minutes
+    python benchmarks/bench_step.py --peers static --cells 1 --budget 200   # generate's token compiled
     python benchmarks/bench_step.py --accepted 3       # tokens that a step is taken to publish
     python benchmarks/bench_step.py --bundled          # the bundled pair instead: milliseconds and operations by part
     python benchmarks/bench_step.py --device cpu       # the bundled pair, and tiny cells: to try the script anywhere
@@ -75,16 +76,17 @@ def main() -> int:
             name="specexit",
             ours=ours(),
             peers=PEERS,
-            usual=("release", "generate", "eager", "static"),
+            usual=("release", "generate", "eager"),  # `static` compiles for a minute or so
             full=("release", "generate", "eager", "static"),
             apart=("static",),
             together=True,
+            profiled=True,
             cpu_peers=CPU_PEERS,
             subset=SUBSET,
             all=ALL,
             cpu=CPU,
-            goals=len(SUBSET),  # all cells have the quick peers before the first is compiled
-            budget=58,
+            goals=len(SUBSET),
+            budget=48,
             options=Options(),
         )
     )

@@ -48,7 +48,7 @@ def main() -> int:
             all=ALL,
             cpu=CPU,
             goals=len(SUBSET),  # all cells have the quick peers before any is compiled
-            budget=23,
+            budget=18,
         )
     )
 

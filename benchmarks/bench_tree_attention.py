@@ -43,7 +43,7 @@ def main() -> int:
             all=ALL,
             cpu=CPU,
             goals=GOALS,
-            budget=48,
+            budget=43,
             show=attention_model.show,
         )
     )

@@ -43,6 +43,7 @@ class Benchmark:
     peers        by the names that `--peers` takes
     usual, full  the names that are measured without it, the latter with `--all`
     apart        names whose peers go through all cells one after the other, because each compiles for seconds
+    profiled     ours is asked for `more`, when all times are taken
     together     the peers of the other names go through all cells at once, because a cell's inputs take seconds
     cpu_peers    what is measured beside ours on a CPU
     subset, all, cpu  the cells without `--all`, with it, and on a CPU
@@ -71,6 +72,7 @@ class Benchmark:
     show: Callable[[Sequence[Any], Path | None], None] | None = None
     apart: Collection[str] = ()
     together: bool = False
+    profiled: bool = False
     options: Options = Options()  # noqa: RUF009
 
 
@@ -97,7 +99,7 @@ def main(benchmark: Benchmark) -> int:
     if benchmark.tuning and "tune" in chosen:
         peers["tune"] = importlib.import_module(benchmark.tuning).TUNING
     name = benchmark.name or implementations()[benchmark.op][device.type]
-    own = Peer(name, benchmark.ours, optional=benchmark.ends)
+    own = Peer(name, benchmark.ours, optional=benchmark.ends, profiled=benchmark.profiled)
     rounds: list[list[Peer]] = [[own]]  # ours first, while there is time
     if benchmark.together:
         rounds.append([peer for name in chosen if name not in benchmark.apart for peer in peers[name]])

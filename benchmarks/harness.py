@@ -7,7 +7,6 @@ checked first; a wrong one has no speed. The first peer is ours.
 from __future__ import annotations
 
 import gc
-import json
 import sys
 import time
 from abc import ABC, abstractmethod
@@ -19,7 +18,7 @@ from typing import Any, Protocol
 
 import torch
 
-from benchmarks import timer
+from benchmarks import results_file, timer
 
 Result = dict[str, Any]
 
@@ -110,13 +109,15 @@ class Prepared:
 class Peer:
     """An implementation by name; `prepare` takes a problem, and raises where it cannot do the cell. Ours is not
     `optional`: it is measured although time has run out. `cells` says which cells it belongs to; None: to all.
-    `seconds` is how long preparing it may take: where less is left of the budget it is not begun."""
+    `seconds` is how long preparing it may take: where less is left of the budget it is not begun. `profiled`: it is
+    asked for `more` when all times are taken, as a profiler may slow down what is launched after it."""
 
     name: str
     prepare: Callable[[Any], Prepared]
     optional: bool = True
     cells: Callable[[Any], bool] | None = None
     seconds: float = 0
+    profiled: bool = False
 
 
 def attempt(peer: Peer, problem: Problem, device: torch.device) -> Result:
@@ -129,7 +130,6 @@ def attempt(peer: Peer, problem: Problem, device: torch.device) -> Result:
             error = problem.check(result)
             with prepared.within():
                 timing = timer.measure(prepared.calls, device, graph=prepared.graph)
-                more = prepared.more()
         finally:
             prepared.close()
     except Unavailable as error:
@@ -137,7 +137,22 @@ def attempt(peer: Peer, problem: Problem, device: torch.device) -> Result:
     except Exception as error:
         return {"implementation": peer.name, "unavailable": timer.first_line(error)}
     note = "; ".join(filter(None, (prepared.note, timing.note)))
-    return {"implementation": peer.name, **asdict(timing), "note": note, "error": error, **more}
+    return {"implementation": peer.name, **asdict(timing), "note": note, "error": error}
+
+
+def more_of(peer: Peer, problem: Problem) -> Result:
+    """What else is to be said of an implementation; nothing where it cannot be found out."""
+    try:
+        prepared = peer.prepare(problem)
+        try:
+            with prepared.within():
+                prepared.calls[0]()
+                return prepared.more()
+        finally:
+            prepared.close()
+    except Exception as error:
+        print(f"{peer.name} could not be profiled: {timer.first_line(error)}", file=sys.stderr)
+        return {}
 
 
 def rated(cell: Cell, results: Sequence[Result], itemsize: int, ceilings: timer.Ceilings) -> Result:
@@ -254,14 +269,31 @@ def run(
         f" {ceilings.flops_per_second / 1e12:.2f} TFLOP/s (a matrix product)"
     )
     results: dict[Cell, list[Result]] = {cell: [] for cell in cells}
+
+    def keep() -> None:
+        report["cells"] = [rated(c, found, dtype.itemsize, ceilings) for c, found in results.items() if found]
+        save(report)
+
     order = [(peers, cell) for part in (cells[:goals], cells[goals:]) for peers in rounds for cell in part]
     for peers, cell in order:
         results[cell] += run_cell(cell, peers, device, dtype, BEGAN + budget)
-        report["cells"] = [rated(c, found, dtype.itemsize, ceilings) for c, found in results.items() if found]
-        save(report)
+        keep()
         if peers is rounds[-1]:
-            found = rated(cell, results[cell], dtype.itemsize, ceilings)
-            print("\n".join([table(cell.heading, found), *cell.remarks(found["results"])]), flush=True)
+            print(table(cell.heading, rated(cell, results[cell], dtype.itemsize, ceilings)), flush=True)
+    profiled = {peer.name: peer for peers in rounds for peer in peers if peer.profiled}
+    for cell in cells:
+        timed = [found for found in results[cell] if found["implementation"] in profiled and "microseconds" in found]
+        if not timed:
+            continue
+        if time.monotonic() < BEGAN + budget:
+            with suppress(RuntimeError):  # the GPU's memory, or the GPU; the times are kept
+                problem = cell.problem(device, dtype)
+                for result in timed:
+                    result.update(more_of(profiled[result["implementation"]], problem))
+                del problem
+            keep()
+        found = rated(cell, results[cell], dtype.itemsize, ceilings)["results"]
+        print("\n".join([f"\n{cell.heading}", *cell.remarks(found)]), flush=True)
     return report
 
 
@@ -282,9 +314,7 @@ def measure(
 
     def save(report: Result) -> None:
         if path:
-            part = path.with_name(path.name + ".part")
-            part.write_text(json.dumps(report, indent=2) + "\n")
-            part.replace(path)  # whoever ends this script finds whole results
+            results_file.write(report, path)  # whoever ends this script finds whole results
 
     # Not the default stream, on which no graph can be recorded: so that all memory belongs to one stream.
     stream: AbstractContextManager[Any] = nullcontext()

@@ -96,7 +96,8 @@ class Cell(harness.Cell):
         return sum(part.flops for part in self.passes(1))
 
     def floor(self, itemsize: int, bytes_per_second: float, flops_per_second: float) -> tuple[float, str]:
-        """The sum over the passes of what limits each; `limit` is what limits the base's, the longest."""
+        """The sum over the passes of what limits each; `limit` is what limits the base's, the longest. All rows count
+        as attending the whole tree, padded ones too: a little more arithmetic than must be."""
         passes = self.passes(itemsize)
         times = [(part.bytes / bytes_per_second, part.flops / flops_per_second) for part in passes]
         memory, arithmetic = times[0]
@@ -112,10 +113,12 @@ class Cell(harness.Cell):
         per_token = result["implementation"] in PER_TOKEN
         tokens = self.batch * (1 if per_token else self.published)
         microseconds, ours = result["microseconds"], own.get("microseconds")
-        return {
+        figures = {
             "tokens_per_second": tokens / microseconds * 1e6,
             "break_even": ours / microseconds if ours and per_token else None,
         }
+        # A token is no step: its time over ours would say nothing.
+        return {**figures, "times_ours": None} if per_token else figures
 
     def remarks(self, results: Sequence[Result]) -> list[str]:
         """Milliseconds, launches and syncs of each, and the parts of ours."""

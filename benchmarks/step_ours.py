@@ -6,7 +6,7 @@ exit passes its thresholds, but each is decided.
 
 from __future__ import annotations
 
-import gc
+import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import partial
@@ -24,6 +24,7 @@ from specexit.sampling import Sampler, SamplingConfig
 from specexit_kernels import Finish
 
 STEPS = 2  # that are checked, one after the other: the second reads what the first has left in the cache
+STEPS_TO_CAPTURE = 3  # the first compiles kernels and may wait, the second may not, the third captures
 MEASURED = 5  # steps that are taken apart on a CPU
 CHUNK = 1024  # rows that the draft reads at a time
 
@@ -46,7 +47,7 @@ def ours(graph: bool = True) -> Callable[[Problem], Prepared]:
         return Prepared(
             [rows.again],
             finish=lambda _: rows.texts(),
-            note="one CUDA graph" if rows.engine.captured else "launched from Python",
+            note=rows.note,
             graph=False,
             within=rows.active,
             more=rows.more,
@@ -102,8 +103,15 @@ class Rows:
             tensors = [tensor for tensor in self.state.tensors() if tensor.numel()]
             lists = [[t for t in tensors if t.dtype == dtype] for dtype in (torch.int32, torch.float32)]
             self.saved = [(tensors, [tensor.clone() for tensor in tensors]) for tensors in lists if tensors]
-            for _ in range(2):  # the first compiles kernels, the second captures
-                self.again()
+            self.note = "launched from Python"
+            with warnings.catch_warnings(record=True) as said:
+                warnings.simplefilter("always")
+                for _ in range(STEPS_TO_CAPTURE if graph else 2):
+                    self.again()
+            if self.engine.captured:
+                self.note = "one CUDA graph"
+            elif self.engine.refused:
+                self.note += "".join(f": {w.message}" for w in said if "not captured" in str(w.message))
 
     def active(self) -> AbstractContextManager[None]:
         """What steps are taken inside of."""
@@ -150,15 +158,15 @@ class Rows:
         meter = Meter(device)
         with metered(meter):
             if device.type == "cuda":
-                return {**counts, "parts": kernel_times(profiled(self.again, device))}
+                parts = kernel_times(profiled(self.again, device))
+                return {**counts, "parts": parts} if parts else counts
             for _ in range(MEASURED):
                 self.again()
         return {**counts, "parts": meter.by_part()}
 
     def close(self) -> None:
-        """Give the memory back now: an engine refers to itself, so it would last until Python looks for cycles."""
+        """Give the memory back now."""
         self.engine.close()
-        del self.engine
-        gc.collect()
+        del self.engine, self.state
         if self.problem.device.type == "cuda":
             torch.cuda.empty_cache()

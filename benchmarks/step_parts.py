@@ -156,8 +156,11 @@ def kernel_times(events: Sequence[Event]) -> dict[str, float]:
     """Microseconds of the kernels of each part, and of those outside all parts, from a profile of a metered step. The
     meter waits at both ends of a part, so that its kernels run between them."""
     ranges = [(e.name.removeprefix(PREFIX), e) for e in events if e.name.startswith(PREFIX) and not e.on_device]
+    kernels = list(filter(_is_kernel, events))
+    if not kernels:  # the profiler has not seen the GPU
+        return {}
     times = dict.fromkeys((*PARTS, "other"), 0.0)
-    for event in filter(_is_kernel, events):
+    for event in kernels:
         owners = (part for part, whole in ranges if part in PARTS and whole.begin <= event.begin <= whole.end)
         times[next(owners, "other")] += event.end - event.begin
     return times

@@ -42,7 +42,8 @@ def static(problem: Problem) -> Prepared:
     """A token of `generate(cache_implementation="static")`: the forward compiled as transformers compiles it, with mode
     "reduce-overhead", in a CUDA graph."""
     model, length = problem.base, problem.cell.length
-    cache = StaticCache(config=model.config, max_cache_len=length + 1)
+    # A multiple of 64, as an odd width of the mask would cost SDPA a copy in every layer.
+    cache = StaticCache(config=model.config, max_cache_len=-(-(length + 1) // 64) * 64)
     for layer, (keys, values) in zip(cache.layers, problem.batches(), strict=True):
         layer.lazy_initialization(keys, values)
         layer.keys[:, :, :length] = keys
@@ -89,13 +90,13 @@ def _is_goal(cell: Cell) -> bool:
     return cell == GOAL
 
 
-RELEASE = Peer("release", release, cells=_grows_one)
-GENERATE = Peer("generate", generate)
-EAGER = Peer("eager", ours(graph=False))  # without the CUDA graph
+RELEASE = Peer("release", release, cells=_grows_one, profiled=True)
+GENERATE = Peer("generate", generate, profiled=True)
+EAGER = Peer("eager", ours(graph=False), profiled=True)  # without the CUDA graph
 PEERS: dict[str, tuple[Peer, ...]] = {
     "release": (RELEASE,),
     "generate": (GENERATE,),
     "eager": (EAGER,),
-    "static": (Peer("static", static, cells=_is_goal, seconds=COMPILING),),
+    "static": (Peer("static", static, cells=_is_goal, seconds=COMPILING, profiled=True),),
 }
 CPU_PEERS = (RELEASE, GENERATE, EAGER)

@@ -201,11 +201,38 @@ def test_a_captured_step_is_checked_as_it_is_replayed(bench, cells, monkeypatch)
         assert (result["note"], replayed.pop()) == ("one CUDA graph", -1)
         assert len(replayed) > 1 + 1 + 2 + 2  # the first, the call that is checked, two steps of two texts, and times
         assert set(replayed) == {1}
-        assert "parts" not in result
+        assert "parts" not in harness.more_of(harness.Peer("specexit", ours()), problem)
         replayed.clear()
-        result = harness.attempt(harness.Peer("eager", ours(graph=False)), problem, CPU)
-    assert (result["note"], replayed) == ("launched from Python", [])
-    assert result["parts"]["base"] > 0
+        eager = harness.Peer("eager", ours(graph=False))
+        result = harness.attempt(eager, problem, CPU)
+        assert (result["note"], replayed) == ("launched from Python", [])
+        assert harness.more_of(eager, problem)["parts"]["base"] > 0
+
+
+def test_a_step_that_cannot_be_captured_says_why(bench, cells, monkeypatch):
+    def refuse(function: Callable[[], None]) -> None:
+        raise RuntimeError("not while capturing")
+
+    monkeypatch.setattr(module("step_ours"), "recorder", lambda device: refuse)
+    problem = small(cells).problem(CPU, torch.float32)
+    with torch.no_grad():
+        result = module("harness").attempt(module("harness").Peer("specexit", module("step_ours").ours()), problem, CPU)
+    assert result["microseconds"] > 0
+    assert result["note"].startswith("launched from Python: the decode step is not captured")
+    assert result["note"].endswith("not while capturing")
+
+
+def test_a_profiler_that_fails_costs_no_time_that_was_taken(bench, cells, monkeypatch, tmp_path):
+    def fail(*arguments: object) -> None:
+        raise RuntimeError("no profiler here")
+
+    monkeypatch.setattr(module("step_ours"), "counted", fail)
+    monkeypatch.setattr(bench, "CPU", (small(cells),))
+    path = tmp_path / "report.json"
+    assert run_script(bench, monkeypatch, "--device=cpu", "--budget=100000", f"--json={path}") == 0
+    ours = json.loads(path.read_text())["cells"][0]["results"][0]
+    assert ours["microseconds"] > 0
+    assert "launches" not in ours
 
 
 def test_what_was_prepared_is_given_back(bench, cells, monkeypatch):
@@ -365,7 +392,7 @@ def test_break_even_by_hand(cells):
     own = {"implementation": "specexit", "microseconds": 3000.0}
     assert cell.figures(own, own) == {"tokens_per_second": pytest.approx(8 * 4 / 3e-3), "break_even": None}
     token = cell.figures({"implementation": "generate", "microseconds": 2000.0}, own)
-    assert token == {"tokens_per_second": pytest.approx(8 / 2e-3), "break_even": 1.5}
+    assert token == {"tokens_per_second": pytest.approx(8 / 2e-3), "break_even": 1.5, "times_ours": None}
     refused = {"implementation": "specexit", "unavailable": "wrong result"}
     assert cell.figures({"implementation": "static", "microseconds": 2000.0}, refused)["break_even"] is None
     chain = replace(cell, tree=TreeConfig.chain(2))  # publishes three tokens at most
