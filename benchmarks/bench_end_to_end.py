@@ -33,7 +33,7 @@ def as_json(comparison: Comparison, solved: Sequence[Problem]) -> dict[str, Any]
     """The report: the demo's, and where it was measured. With another text than `generate`'s it has no modes."""
     device = comparison.decoder.device
     mismatches = comparison.mismatches()
-    result = report.as_json(comparison.modes, mismatches, comparison.setting() | {"batch_size": 1})
+    result = report.as_json(comparison.modes, mismatches, comparison.setting(1))
     result |= {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "dtype": str(comparison.decoder.model.dtype).removeprefix("torch."),

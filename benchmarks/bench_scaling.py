@@ -126,6 +126,7 @@ def main() -> int:
             goals=len(SUBSET),
             budget=28,
             ends=True,
+            profiled=True,
             options=Options(),
         )
     )

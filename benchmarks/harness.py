@@ -92,7 +92,7 @@ class Prepared:
     note    what else is to be said
     graph   whether the calls may be replayed as a CUDA graph; else they are launched from Python
     within  makes what the calls and `finish` are inside of; entered more than once
-    more    finds further keys of the result, after the time, inside of it too
+    more    finds further keys of the result, inside of it too; asked when all times are taken (`more_of`)
     close   gives back what was prepared
     """
 

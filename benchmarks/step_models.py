@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -200,22 +200,7 @@ QWEN3_4B = Model(
     tied=True,
     rope={"rope_type": "default", "rope_theta": 1_000_000.0},
 )
-QWEN3_8B = Model(
-    "Qwen3-8B",
-    "Qwen3",
-    hidden=4096,
-    intermediate=12_288,
-    layers=36,
-    heads=32,
-    kv_heads=8,
-    head_dim=128,
-    vocabulary=151_936,
-    positions=40_960,
-    epsilon=1e-6,
-    head_norms=True,
-    tied=False,
-    rope={"rope_type": "default", "rope_theta": 1_000_000.0},
-)
+QWEN3_8B = replace(QWEN3_4B, name="Qwen3-8B", hidden=4096, intermediate=12_288, tied=False)
 LLAMA_ROPE = {
     "rope_type": "llama3",
     "rope_theta": 500_000.0,

@@ -14,6 +14,7 @@ from benchmarks.step_ours import ours
 from benchmarks.step_parts import counted, profiled
 from benchmarks.step_problem import Problem, Text
 from benchmarks.step_release import Release
+from specexit.engine import round_up
 
 COMPILING = 25  # seconds that are kept for compiling a model of 36 layers
 
@@ -43,7 +44,7 @@ def static(problem: Problem) -> Prepared:
     "reduce-overhead", in a CUDA graph."""
     model, length = problem.base, problem.cell.length
     # A multiple of 64, as an odd width of the mask would cost SDPA a copy in every layer.
-    cache = StaticCache(config=model.config, max_cache_len=-(-(length + 1) // 64) * 64)
+    cache = StaticCache(config=model.config, max_cache_len=round_up(length + 1, 64))
     for layer, (keys, values) in zip(cache.layers, problem.batches(), strict=True):
         layer.lazy_initialization(keys, values)
         layer.keys[:, :, :length] = keys

@@ -168,15 +168,20 @@ class Replayed:
         self.refused = False  # it was tried in vain
 
     def __call__(self, function: Callable[[], None]) -> None:
-        if self.recording is None and self._record is not None and self._warm != threading.get_ident():
-            self._warm_up(function)
-            return
         if self.recording is None and self._record is not None:
+            if self._warm != threading.get_ident():
+                self._warm_up(function)
+                return
             self.recording = self._recorded(self._record, function)
         if self.recording is not None:
             self.recording.replay()
         else:
             function()
+
+    @property
+    def records(self) -> bool:
+        """Whether there is a recording, or may yet be one."""
+        return self._record is not None
 
     def reset(self) -> None:
         """Forget the recording: what it reads or writes is about to move."""
@@ -230,14 +235,14 @@ class Waits(TorchDispatchMode):
         given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         out = func(*args, **kwargs)
         made = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
-        if self._here(given) and (waits(func, args) or self._moves(func, args, given, made)):
+        if self._here(given) and (waits(func, args) or self._moves(func, given, made)):
             self.found.add(str(func))
         return out
 
     def _here(self, tensors: Iterable[Tensor]) -> bool:
         return any(tensor.device.type == self.device_type for tensor in tensors)
 
-    def _moves(self, func: Any, args: tuple[Any, ...], given: list[Tensor], made: list[Tensor]) -> bool:
+    def _moves(self, func: Any, given: list[Tensor], made: list[Tensor]) -> bool:
         """Whether it copies between host and device."""
         name = func.overloadpacket.__name__
         if name == "copy_":

@@ -46,7 +46,7 @@ from specexit.job import Job
 from specexit.loading import load_base, load_tokenizer
 from specexit.loop import Loop
 from specexit.memory import Memory
-from specexit.output import Completion, GenerateOutput, join_sequences
+from specexit.output import Completion, GenerateOutput, RowStats, join_sequences
 from specexit.plan import Exit, ExitPlanner, check_exit
 from specexit.pool import Pool, batch_bucket
 from specexit.processors import check_processors
@@ -215,11 +215,11 @@ class SpecExitDecoder:
                 return GenerateOutput(input_ids.long(), [], [])
             ids, mask = left_padded(prompts, pad_id(self.model.generation_config))
             prepared = prepare(self.model, ids.to(self.device), mask.to(self.device), options)
-            result = self._decode(prepared, seed, streamer, exit, tree)
+            new_tokens, stats = self._decode(prepared, seed, streamer, exit, tree)
             # One row each, also where the generation_config asks for several sequences a prompt.
-            input_ids = input_ids.repeat_interleave(len(result.stats) // len(prompts.lengths), 0)
-            sequences = join_sequences(input_ids, result.new_tokens, pad_id(self.model.generation_config))
-            return GenerateOutput(sequences, result.new_tokens, result.stats)
+            input_ids = input_ids.repeat_interleave(len(stats) // len(prompts.lengths), 0)
+            sequences = join_sequences(input_ids, new_tokens, pad_id(self.model.generation_config))
+            return GenerateOutput(sequences, new_tokens, stats)
 
     def __call__(
         self,
@@ -243,12 +243,13 @@ class SpecExitDecoder:
         mask = model_kwargs.get("attention_mask")
         prepared = Prepared(input_ids, mask, logits_processor, stopping_criteria, generation_config)
         with ending(streamer), self._lock:
-            result = self._decode(prepared, seed, streamer, exit, tree)
+            new_tokens, stats = self._decode(prepared, seed, streamer, exit, tree)
+        sequences = join_sequences(input_ids, new_tokens, pad_id(generation_config))
         if generation_config.return_dict_in_generate:
-            output = GenerateDecoderOnlyOutput(sequences=result.sequences)
-            output.stats = result.stats
+            output = GenerateDecoderOnlyOutput(sequences=sequences)
+            output.stats = stats
             return output
-        return result.sequences
+        return sequences
 
     def streaming(self, streamer: BaseStreamer) -> Callable[..., Any]:
         """`model.generate(..., custom_generate=decoder.streaming(streamer))`: the drop-in with a streamer. One that is
@@ -330,11 +331,12 @@ class SpecExitDecoder:
         streamer: BaseStreamer | None,
         exit: Exit | None,
         tree: TreeConfig | None,
-    ) -> GenerateOutput:
-        """Decode what transformers prepared; its configuration is checked."""
+    ) -> tuple[list[list[int]], list[RowStats]]:
+        """Decode what transformers prepared, its configuration checked: the new tokens of each row, and how they came
+        about."""
         batch = prepared.input_ids.shape[0]
         if not batch:
-            return GenerateOutput(prepared.input_ids, [], [])
+            return [], []
         if streamer is not None and batch > 1:
             raise ValueError(f"streamer must be given one prompt, was given {batch}")
         call = self._call(exit, tree, batch_bucket(batch, self.device))
@@ -346,9 +348,7 @@ class SpecExitDecoder:
             loop.feed()
             while loop.run():
                 pass
-        new_tokens = [job.new_tokens for job in jobs]
-        sequences = join_sequences(prepared.input_ids, new_tokens, pad_id(prepared.config))
-        return GenerateOutput(sequences, new_tokens, [call.stats(job) for job in jobs])
+        return [job.new_tokens for job in jobs], [call.stats(job) for job in jobs]
 
     def _complete(self, call: Call, jobs: Iterator[Job]) -> Iterator[Completion]:
         """Decode jobs and yield what has ended. Between two results the decoder is free for other calls."""

@@ -152,10 +152,11 @@ class Engine:
         if torch.is_autocast_enabled(self.base.device.type):
             raise RuntimeError("autocast must be off: the base and its cache have one dtype; load the model in another")
         with torch.inference_mode(), self.base.attached(), self._on_stream():
-            weights = hash(tuple(tensor.data_ptr() for tensor in weights_of(*self._modules)))
-            if weights != self._weights:  # a captured step reads them where they were
-                self._step.reset()
-            self._weights = weights
+            if self._step.records:
+                weights = hash(tuple(tensor.data_ptr() for tensor in weights_of(*self._modules)))
+                if weights != self._weights:  # a captured step reads them where they were
+                    self._step.reset()
+                self._weights = weights
             yield
 
     def aside(self) -> AbstractContextManager[object]:
@@ -169,7 +170,9 @@ class Engine:
         """
         count, prompts = len(jobs), [job.prompt for job in jobs]
         lengths = [len(prompt) for prompt in prompts]
-        state, rules = self.state.rows(first, count), self.rules.rows(first, count)
+        buffers, rules = self.buffers.rows(first, count), self.rules.rows(first, count)
+        draft = None if self.draft is None else self.draft.rows(first, count)
+        state = buffers.state
         copy_rows(self._fresh, state)
         state.prompt_lengths.copy_(self._upload(lengths))
         state.limits.copy_(self._upload([job.limit for job in jobs]))
@@ -181,17 +184,6 @@ class Engine:
                 getattr(rules, name)[row].copy_(getattr(job.rules, name)[job.rule])
         self.choose.seat(first, jobs)
 
-        rows = slice(first, first + count)
-        chain = self.buffers.chain
-        buffers = Buffers(
-            chain=None if chain is None else type(chain)(*(tensor[rows] for tensor in chain)),
-            state=state,
-            cache=self.buffers.cache.rows(first, count),
-            stop_ids=self.buffers.stop_ids,
-            last_features=self.buffers.last_features[rows],
-            no_signals=self.buffers.no_signals[rows],
-        )
-        draft = None if self.draft is None else self.draft.rows(first, count)
         width = max(lengths)
         tokens = self._upload([prompt + [0] * (width - len(prompt)) for prompt in prompts])
         prefill(self.base, draft, Prompts(tokens, lengths), buffers)

@@ -40,6 +40,18 @@ class Buffers:
     last_features: Tensor
     no_signals: Tensor
 
+    def rows(self, first: int, count: int) -> Buffers:
+        """Those of the rows [first, first + count), in the same memory, until the cache grows."""
+        rows = slice(first, first + count)
+        return Buffers(
+            chain=None if self.chain is None else Tree(*(tensor[rows] for tensor in self.chain)),
+            state=self.state.rows(first, count),
+            cache=self.cache.rows(first, count),
+            stop_ids=self.stop_ids,
+            last_features=self.last_features[rows],
+            no_signals=self.no_signals[rows],
+        )
+
 
 def decode_step(
     base: BaseModel, draft: DraftBatch | None, config: TreeConfig, choose: Choose, rules: ExitRules, buffers: Buffers

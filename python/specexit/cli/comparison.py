@@ -18,6 +18,7 @@ from specexit.bundled import Problem, bundled_pair
 from specexit.cli.loading import draft_rule, load_bundled, watching
 from specexit.loading import load_base
 from specexit.output import GenerateOutput, RowStats
+from specexit.pool import batch_bucket
 from specexit.thinking import count_thinking_tokens
 
 MODES = ("autoregressive", "speculative", "specexit")
@@ -167,12 +168,14 @@ class Comparison:
         plain, speculative = (self.modes[name].solutions for name in MODES[:2])
         return [i for i, (a, b) in enumerate(zip(plain, speculative, strict=True)) if a.tokens != b.tokens]
 
-    def setting(self) -> dict[str, Any]:
+    def setting(self, batch_size: int) -> dict[str, Any]:
         """What a reader of the numbers needs to know of how they were measured."""
+        slots = batch_bucket(batch_size, self.decoder.device)
         return {
             "device": str(self.decoder.device),
             "threads": torch.get_num_threads(),
-            "tree": asdict(self.decoder.tree_for(1)),
+            "tree": asdict(self.decoder.tree_for(slots)),
+            "batch_size": batch_size,
             "exit": {name: value for name, value in asdict(self.exit).items() if value is not None},
         }
 

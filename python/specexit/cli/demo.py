@@ -84,7 +84,7 @@ def demo(
         write_whole(plot, draw_signals(example.curves, plot.suffix.lstrip(".").lower()))
         note(f"picture: {plot}")
     if json_file is not None:
-        result = report.as_json(comparison.modes, mismatches, comparison.setting() | {"batch_size": batch_size})
+        result = report.as_json(comparison.modes, mismatches, comparison.setting(batch_size))
         write_whole(json_file, (json.dumps(result, indent=2) + "\n").encode())
     if mismatches:
         first = mismatches[0]
