@@ -303,14 +303,14 @@ def test_what_has_ended_is_not_lost_with_an_error(pair: tuple[Any, Any]) -> None
     for ahead in (0, 2):
         decoder = make(pair, ahead=ahead, tree=TreeConfig.none(), exit=ExitConfig.off())
         found: list[Completion] = []
+        source = iter([*prompts, [6] * 5])
         options = {"max_new_tokens": 30, "temperature": 0.0, "eos_token_id": -1}
         with pytest.raises(RuntimeError, match="the criterion failed"):
             found.extend(
-                decoder.generate_many(
-                    prompts, slots=3, stopping_criteria=StoppingCriteriaList([Criterion()]), **options
-                )
+                decoder.generate_many(source, slots=3, stopping_criteria=StoppingCriteriaList([Criterion()]), **options)
             )
         assert [completion.index for completion in found] == [0, 2]
+        assert next(source) == [6] * 5, "a prompt was taken that nobody decodes"
         assert len(decoder.generate(torch.tensor([prompts[0]]), **options).new_tokens[0]) == 30
 
 

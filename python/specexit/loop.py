@@ -37,6 +37,8 @@ class Loop:
     def feed(self) -> None:
         """Take jobs for the free slots. Whoever makes them may use the model, so not inside `engine.active()`, unless
         they are made already."""
+        if self._failure is not None:  # a prompt that is taken would be lost
+            return
         try:
             while self._error is None and len(self._waiting) < self.seats.count(None):
                 self._waiting.append(next(self.jobs))
