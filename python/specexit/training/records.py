@@ -86,7 +86,7 @@ class Trace:
 
 
 def sufficient_length(boundaries: list[int], agrees: list[bool], thinking: int) -> int:
-    """Thinking tokens up to the first boundary from which on every answer is the final one; all, where there is none."""
+    """Thinking tokens up to the first boundary from which on every answer is the final one; all where there is none."""
     first = len(agrees)
     while first and agrees[first - 1]:
         first -= 1
@@ -109,7 +109,7 @@ class TraceFile:
         self.done: set[tuple[str, int]] = set()
 
     def __enter__(self) -> TraceFile:
-        self._file = open(self.path, "a+b")  # noqa: SIM115: __exit__ closes it
+        self._file = open(self.path, "a+b")  # noqa: SIM115 (__exit__ closes it)
         try:
             _lock(self._file, self.path)
             self._file.seek(0)
