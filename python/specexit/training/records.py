@@ -109,7 +109,7 @@ class TraceFile:
         self.done: set[tuple[str, int]] = set()
 
     def __enter__(self) -> TraceFile:
-        self._file = open(self.path, "a+b")  # noqa: SIM115 (__exit__ closes it)
+        self._file = open(self.path, "a+b")
         try:
             _lock(self._file, self.path)
             self._file.seek(0)
