@@ -29,20 +29,28 @@ class TreeContext:
     lengths    [B] int32: committed slots
     positions  [B, T] int32
     visible    [B, T, W] int64
-    span       no two nodes that see each other are further apart than this many positions
-    start      committed slots of every row, where the host knows them (None: it does not): the cache is cut behind the
-               forward's own slots. 0 also says that the nodes are a chain.
+    span       no node sees a scratch slot that is further from it than this many positions
+    start      slots of every row that are in use before the forward, where the host knows them (None: it does not):
+               the cache is cut behind the forward's own. 0 also says that the nodes are a chain.
+    scratch    [B, M] int32: positions of the scratch slots, where there are others than the nodes' own (None)
     check      check what the model gives the op, and note in `windows` what it says of each layer's
     """
 
     def __init__(
-        self, lengths: Tensor, positions: Tensor, visible: Tensor, span: int, start: int | None = None
+        self,
+        lengths: Tensor,
+        positions: Tensor,
+        visible: Tensor,
+        span: int,
+        start: int | None = None,
+        scratch: Tensor | None = None,
     ) -> None:
         self.lengths = lengths
         self.positions = positions
         self.visible = visible
         self.span = span
         self.start = start
+        self.scratch = positions if scratch is None else scratch
         self.check = False
         self.windows: dict[int, int | None] = {}
         self._windowed: dict[int, Tensor] = {}
@@ -53,8 +61,8 @@ class TreeContext:
         if window is None or self.span < window:
             return self.visible
         if window not in self._windowed:
-            near = self.positions.unsqueeze(2) - self.positions.unsqueeze(1) < window
-            mask = bits.unpack(self.visible, self.positions.shape[1]) & near
+            near = self.positions.unsqueeze(2) - self.scratch.unsqueeze(1) < window
+            mask = bits.unpack(self.visible, self.scratch.shape[1]) & near
             self._windowed[window] = bits.pack(mask)
         return self._windowed[window]
 

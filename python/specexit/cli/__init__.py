@@ -16,6 +16,7 @@ from specexit.cli.console import RunFailed, open_stdio, report_error
 from specexit.cli.demo import demo
 from specexit.cli.generate import generate
 from specexit.cli.info import info
+from specexit.cli.train_annotate import annotate
 
 app = typer.Typer(
     name="specexit",
@@ -29,6 +30,11 @@ app = typer.Typer(
 app.command()(demo)
 app.command()(generate)
 app.command()(info)
+
+train = typer.Typer(name="train", help="Train exit signals for a base: annotate its thinking, fit a draft.")
+train.callback()(lambda: None)  # a group, also while it has one command
+train.command()(annotate)
+app.add_typer(train)
 
 
 def _print_version(asked: bool) -> None:
