@@ -13,7 +13,7 @@ from specexit.cli.console import STANDARD_OUTPUT, RunFailed, note, require_writa
 from specexit.cli.generate import given
 
 if TYPE_CHECKING:
-    from specexit.training.annotate import Report
+    from specexit.training.cost import Report
 
 _MODEL, _TEXTS, _ANSWERS, _IDS, _OUTPUT = "Model", "Texts", "Answers", "Markers, in token ids", "Output"
 _COLUMNS = (
@@ -153,8 +153,9 @@ def annotate(
     from specexit import ExitConfig
     from specexit.cli.continuation import require_model
     from specexit.cli.loading import load_bundled, load_decoder
-    from specexit.training.annotate import NothingUsable, by_name
+    from specexit.training.annotate import NothingUsable
     from specexit.training.annotate import annotate as run
+    from specexit.training.answers import by_name
     from specexit.training.problems import read_problems
 
     ids = given(boundary_ids=boundary_id, start_ids=start_id, end_ids=end_id, force_ids=force_id)

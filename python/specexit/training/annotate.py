@@ -283,7 +283,7 @@ class _Answer(NamedTuple):
 
 
 def _agreement(start: str, text: str) -> int:
-    """Characters of a text that its first tokens spell; not a part of one, nor a space that a later token takes back."""
+    """How many characters of a text its first tokens spell; part of one, or a space that is taken back, is not any."""
     return next((n for n, (a, b) in enumerate(zip(start, text, strict=False)) if a != b), min(len(start), len(text)))
 
 
