@@ -104,6 +104,8 @@ def annotate(
         given = read_texts(texts, problems, annotator.tokenizer, annotator.markers, vocabulary, exit.assume_thinking)
         names = {problem.id for problem in chosen}
         given = [text for text in given if text.problem.id in names]
+        if not given:
+            raise ValueError(f"texts must have some of the first {limit} problems, had none")
     header = {
         **annotator.settings(),
         "problems": problems_fingerprint(problems),

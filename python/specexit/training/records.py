@@ -114,11 +114,13 @@ class TraceFile:
             _lock(self._file, self.path)
             self._file.seek(0)
             content = self._file.read()
-            whole = content[: content.rfind(b"\n") + 1]  # a line without its end was cut off by a kill
+            whole = _whole_lines(content)  # a line without its end was cut off by a kill
             if whole:
-                header, traces = _parse(whole.decode(), self.path)
+                header, traces = _parse(whole, self.path)
                 _check_header(header, self.header, self.path)
                 self.done = {(trace.id, trace.sample) for trace in traces}
+            elif not _line(self.header).startswith(content):
+                raise ValueError(f"{self.path} must be a file of traces, began with {_shown(content)}")
             self._file.truncate(len(whole))
             if not whole:
                 self._write(self.header)
@@ -138,7 +140,7 @@ class TraceFile:
         self.done.add((trace.id, trace.sample))
 
     def _write(self, content: Mapping[str, Any]) -> None:
-        self._file.write(json.dumps(content, separators=(",", ":")).encode() + b"\n")
+        self._file.write(_line(content))
         self._file.flush()
 
 
@@ -147,8 +149,7 @@ def read_traces(path: str | os.PathLike[str]) -> tuple[dict[str, Any], list[Trac
 
     Raises FileNotFoundError, or ValueError that names the file and the line.
     """
-    content = Path(path).read_bytes()
-    return _parse(content[: content.rfind(b"\n") + 1].decode(), Path(path))
+    return _parse(_whole_lines(Path(path).read_bytes()), Path(path))
 
 
 def usable(traces: Iterable[Trace]) -> list[Trace]:
@@ -156,26 +157,38 @@ def usable(traces: Iterable[Trace]) -> list[Trace]:
     return [trace for trace in traces if trace.flaw is None and trace.boundaries]
 
 
-def _parse(content: str, path: Path) -> tuple[dict[str, Any], list[Trace]]:
-    lines = content.split("\n")[:-1]
+def _line(content: Mapping[str, Any]) -> bytes:
+    return json.dumps(content, separators=(",", ":")).encode() + b"\n"
+
+
+def _whole_lines(content: bytes) -> bytes:
+    return content[: content.rfind(b"\n") + 1]
+
+
+def _parse(content: bytes, path: Path) -> tuple[dict[str, Any], list[Trace]]:
+    lines = content.split(b"\n")[:-1]
     if not lines:
         raise ValueError(f"{path} must begin with the header of a file of traces, was empty")
     header = _object(lines[0], path, 1)
     if header.get("format") != FORMAT:
-        raise ValueError(f"{path} must begin with the header of a file of traces, began with {lines[0][:60]!r}")
+        raise ValueError(f"{path} must begin with the header of a file of traces, began with {_shown(lines[0])}")
     if header.get("version") != VERSION:
         raise ValueError(f"{path} must be of version {VERSION}, was {header.get('version')!r}")
     return header, [_trace(_object(line, path, at), path, at) for at, line in enumerate(lines[1:], 2)]
 
 
-def _object(line: str, path: Path, at: int) -> dict[str, Any]:
+def _object(line: bytes, path: Path, at: int) -> dict[str, Any]:
     try:
         content = json.loads(line)
     except ValueError as error:
         raise ValueError(f"{path}, line {at} is not JSON: {error}") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path}, line {at} must be a JSON object, was {line[:60]!r}")
+        raise ValueError(f"{path}, line {at} must be a JSON object, was {_shown(line)}")
     return content
+
+
+def _shown(line: bytes) -> str:
+    return repr(line[:60].decode(errors="replace"))
 
 
 def _trace(content: dict[str, Any], path: Path, at: int) -> Trace:
