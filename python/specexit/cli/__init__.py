@@ -1,4 +1,4 @@
-"""The `specexit` command: demo, generate, info.
+"""The `specexit` command: demo, generate, info, train.
 
 Importing this module imports neither torch nor transformers, so that `--help` and usage errors answer at once; the
 commands import what they need when they run. Exit status: 0 done, 1 the run failed, 2 bad usage or bad input.
@@ -16,7 +16,7 @@ from specexit.cli.console import RunFailed, open_stdio, report_error
 from specexit.cli.demo import demo
 from specexit.cli.generate import generate
 from specexit.cli.info import info
-from specexit.cli.train_annotate import annotate
+from specexit.cli.train import train
 
 app = typer.Typer(
     name="specexit",
@@ -30,10 +30,6 @@ app = typer.Typer(
 app.command()(demo)
 app.command()(generate)
 app.command()(info)
-
-train = typer.Typer(name="train", help="Train exit signals for a base: annotate its thinking, fit a draft.")
-train.callback()(lambda: None)  # a group, also while it has one command
-train.command()(annotate)
 app.add_typer(train)
 
 
