@@ -26,6 +26,12 @@ def test_a_checkpoint_has_one_fingerprint_in_every_precision() -> None:
     assert len(found) == 1
 
 
+def test_rounding_to_bfloat16_changes_no_fingerprint() -> None:
+    model = tiny_model("llama")
+    before = fingerprint(model)
+    assert fingerprint(model.bfloat16()) == before
+
+
 def test_half_precision_is_the_same_in_float32() -> None:
     model = tiny_model("llama").half()
     half = fingerprint(model)

@@ -159,23 +159,23 @@ class _Grove:
         self.used = self.size
         self.first = cuts[0]
         self.committed = torch.tensor([self.first], dtype=torch.int32, device=device)
-        self.next = torch.tensor(cuts, dtype=torch.int32, device=device)  # [K] positions of the branches' next tokens
-        # [K, scratch]: slots that a branch's next token sees, and their positions
+        self.cuts = torch.tensor(cuts, dtype=torch.int32, device=device)  # [K]
+        self.depth = 0  # tokens read of every branch that still lives
+        # [K, scratch]: what a branch's next token sees of the slots behind `first`, and their positions.
         slot = torch.arange(self.first, self.cache.slots, dtype=torch.int32, device=device)
-        self.seen = slot < self.next.unsqueeze(1)
+        self.seen = slot < self.cuts.unsqueeze(1)
         self.positions = slot.clone()
-        self.depth = 0
 
     def read(self, live: Sequence[int], tokens: Sequence[Sequence[int]]) -> Tensor:
         """Read n more tokens of each of L branches, and return the logits after the last, [L, V] where n is 1.
 
-        live    [L] the branches, in ascending order
+        live    [L] the branches, all of them read as far as each other
         tokens  [L, n]
         """
         device, count, width = self.base.device, len(live), len(tokens[0])
         rows = torch.tensor(live, device=device)
-        step = torch.arange(width, dtype=torch.int32, device=device)
-        positions = (self.next[rows].unsqueeze(1) + step).flatten()
+        step = torch.arange(self.depth, self.depth + width, dtype=torch.int32, device=device)
+        positions = (self.cuts[rows].unsqueeze(1) + step).flatten()
         own = slice(self.used - self.first, self.used - self.first + count * width)
         before, behind = own.start, own.stop
         # Nodes stand branch by branch: node (l, t) sees what its branch saw, and the branch's new tokens up to t.
@@ -197,5 +197,4 @@ class _Grove:
         logits, _ = self.base.forward(ids, context, self.cache, last_logits=width > 1)
         self.used += count * width
         self.depth += width
-        self.next[rows] += width
         return logits[0]
