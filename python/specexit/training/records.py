@@ -206,9 +206,14 @@ def _check_header(found: Mapping[str, Any], wanted: Mapping[str, Any], path: Pat
     for key in sorted({*found, *wanted}):
         if found.get(key) != wanted.get(key):
             raise ValueError(
-                f"{path} was made with another {key}: {found.get(key)!r}, now {wanted.get(key)!r};"
+                f"{path} was made with another {key}: {_brief(found.get(key))}, now {_brief(wanted.get(key))};"
                 " give another file, or the settings that it was made with"
             )
+
+
+def _brief(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}..."  # a tokenizer may have hundreds of boundary ids
 
 
 def _lock(file: BinaryIO, path: Path) -> None:
