@@ -21,6 +21,7 @@ from specexit.cli.comparison import Comparison, is_correct, until_end
 from specexit.cli.console import RunFailed, write_whole
 from specexit.cli.plot import SignalCurves, draw_signals
 from specexit.cli.stream import ThinkingStreamer
+from specexit.drafts.calibration import from_thresholds
 
 CHAT = "a = 5 3 ; b = a - 9 ; c = b + 4 ; c ?"
 NAMES = ("confidence", "progress", "remaining")
@@ -425,10 +426,11 @@ def test_info(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_the_rule_of_a_draft_is_read_from_its_config() -> None:
     head = json.loads((bundled_pair().draft / "config.json").read_text())["exit_head"]
-    rule = ExitConfig.from_draft(head, "one_point")
+    calibration = from_thresholds(head)
+    rule = ExitConfig.from_draft(calibration, "one_point")
     assert (rule.confidence, rule.progress, rule.remaining, rule.alpha) == (0.5, 0.8, 10, 0.5)
-    assert ExitConfig.from_draft(head) == ExitConfig.from_draft(head, "no_loss") != rule
-    with pytest.raises(ValueError, match="loss must be one of no_loss, one_point, was 'half'"):
-        ExitConfig.from_draft(head, "half")
+    assert ExitConfig.from_draft(calibration) == ExitConfig.from_draft(calibration, "no_loss") != rule
+    with pytest.raises(ValueError, match="rule must be one of no_loss, one_point, was 'half'"):
+        ExitConfig.from_draft(calibration, "half")
     with pytest.raises(ValueError, match="the draft has no rule"):
         ExitConfig.from_draft({})

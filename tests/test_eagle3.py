@@ -273,7 +273,9 @@ def test_source_can_be_chosen_later(tmp_path, rng):
 
 def test_calibration_is_what_the_config_says(tmp_path, rng):
     thresholds = {"thresholds_from_calibration": {"no_loss": {"conf": 0.5}}}
-    assert make_case(tmp_path / "with", rng, {"exit_head": thresholds}).draft.calibration == thresholds
+    calibration = make_case(tmp_path / "with", rng, {"exit_head": thresholds}).draft.calibration
+    exit = {"confidence": 0.5, "progress": None, "remaining": None, "source": "output"}
+    assert (calibration["default"], calibration["rules"]["no_loss"]["exit"]) == ("no_loss", exit)
     assert make_case(tmp_path / "without", rng, {"exit_head": None}).draft.calibration == {}
 
 

@@ -228,14 +228,17 @@ def test_markers_of_tokenizer_and_settings() -> None:
 
 def test_default_rule_is_the_calibrated_one_or_that_of_the_signals() -> None:
     known, draft = tokenizer("<think>", "</think>", "\n\n"), OracleDraft([[3]], signals=lambda position, token: [0.0])
+    unread = {"progress": None, "remaining": None}
     assert ExitPlanner(draft, known, len(known)).default() == ExitConfig(progress=None, remaining=None)
     draft.calibration = {"meaning": "of each signal"}  # says something, but holds no rule
     assert ExitPlanner(draft, known, len(known)).default() == ExitConfig(progress=None, remaining=None)
-    draft.calibration = {"thresholds_from_calibration": {"no_loss": {"conf": 0.6}}}
-    assert ExitPlanner(draft, known, len(known)).default() == ExitConfig.from_draft(draft.calibration)
+    draft.calibration = {"default": "a", "rules": {"a": {"exit": {"confidence": 0.6, **unread}}}}
+    calibrated = ExitConfig.from_draft(draft.calibration)
+    assert calibrated == ExitConfig(confidence=0.6, **unread)
+    assert ExitPlanner(draft, known, len(known)).default() == calibrated
     assert ExitPlanner(draft, None, V).default() == ExitConfig.off()
     draft.select_source(None)  # as a batch without exit leaves it
-    assert ExitPlanner(draft, known, len(known)).default() == ExitConfig.from_draft(draft.calibration)
+    assert ExitPlanner(draft, known, len(known)).default() == calibrated
     draft.calibration = {}
     lines = tokenizer("<think>", "</think>")  # no token ends a paragraph
     assert ExitPlanner(draft, lines, len(lines)).default() == ExitConfig.off()

@@ -114,7 +114,7 @@ class SpecExitDecoder:
         self.ahead = ahead if ahead is not None else int(self.base.device.type == "cuda")
         self._lock = self.base.lock  # also while the draft selects a source
         self.planner = ExitPlanner(draft, tokenizer, self.base.vocab_size, self._lock)
-        self.exit: Exit = self.planner.default() if exit is None else exit
+        self.exit: Exit = self.planner.default(model) if exit is None else exit
         self._pool = Pool(self.base, draft, capacity, graph)
         if exit is None and tokenizer is None and draft is not None and draft.signals:
             warnings.warn(

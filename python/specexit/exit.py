@@ -122,25 +122,19 @@ class ExitConfig:
         return cls(alpha=0.1, granularity="step", source="fc", start_ids=(), assume_thinking=True)
 
     @classmethod
-    def from_draft(cls, exit_head: Mapping[str, Any], loss: str = "no_loss") -> ExitConfig:
-        """A rule that was calibrated for a draft's exit head, as `exit_head` in the draft's config.json holds it.
+    def from_draft(cls, calibration: Mapping[str, Any], rule: str | None = None) -> ExitConfig:
+        """A rule that was calibrated for a draft.
 
-        exit_head  {"thresholds_from_calibration": {loss: {"conf", "prog", "remain", "alpha"}}}
-        loss       how much accuracy the calibration could cost: "no_loss" or "one_point", where the draft has them
+        calibration  `draft.calibration`
+        rule         its name; None: the draft's default
 
-        Raises ValueError when it has no such rule.
+        Raises ValueError when the draft has no such rule.
         """
-        rules = exit_head.get("thresholds_from_calibration", {})
-        if loss not in rules:
-            raise ValueError(f"loss must be one of {', '.join(rules) or 'none: the draft has no rule'}, was {loss!r}")
-        rule = rules[loss]
-        return cls(
-            confidence=rule.get("conf"),
-            progress=rule.get("prog"),
-            remaining=rule.get("remain"),
-            alpha=rule.get("alpha", cls.alpha),
-            source="output",
-        )
+        rules = calibration.get("rules", {})
+        name = calibration.get("default") if rule is None else rule
+        if name not in rules:
+            raise ValueError(f"rule must be one of {', '.join(rules) or 'none: the draft has no rule'}, was {name!r}")
+        return cls(**rules[name]["exit"])
 
     @property
     def active(self) -> bool:

@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 from specexit.drafts.base import Draft
 from specexit.exit import ExitConfig, markers_for, rules_for
+from specexit.fingerprint import base_fingerprint
 from specexit.thinking import Markers, Tokenizer, count_thinking_tokens, is_thinking
 from specexit_kernels import ExitRules
 from specexit_kernels.state import SIGNALS
@@ -113,16 +115,27 @@ class ExitPlanner:
             self._markers[key] = markers_for(config, self.tokenizer)
         return self._markers[key]
 
-    def default(self) -> ExitConfig:
+    def default(self, base: nn.Module | None = None) -> ExitConfig:
         """The rule that was calibrated for the draft, or the default thresholds of the signals it has; no exit where
-        there are no signals, or no tokenizer that knows the markers of thinking. The draft selects its best signals."""
+        there are no signals, or no tokenizer that knows the markers of thinking. The draft selects its best signals.
+
+        base   what is decoded with. Raises ValueError where the rule was calibrated with another
+        """
         if self.draft is None or self.tokenizer is None:
             return ExitConfig.off()
         self.draft.select_source("auto")
         if not self.draft.signals:
             return ExitConfig.off()
-        if "no_loss" in self.draft.calibration.get("thresholds_from_calibration", {}):
-            config = ExitConfig.from_draft(self.draft.calibration)
+        calibration = self.draft.calibration
+        if calibration.get("rules"):
+            made_with = calibration.get("base")
+            if base is not None and made_with is not None and made_with != base_fingerprint(base):
+                raise ValueError(
+                    "the draft's calibration.json was made with another base than this one: calibrate for this base,"
+                    " or give a rule of your own as exit="
+                )
+            config = ExitConfig.from_draft(calibration)
+            self.draft.select_source(config.source)
         else:
             absent: dict[str, Any] = dict.fromkeys(set(SIGNALS) - set(self.draft.signals))
             config = ExitConfig(**absent)

@@ -28,9 +28,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from specexit.drafts.calibration import CALIBRATION, read_calibration
 from specexit.drafts.eagle3 import Eagle3Draft, embedding_table
 from specexit.drafts.eagle3_config import Eagle3Config, Source
 from specexit.drafts.tensor_files import WEIGHTS, read_tensors, resolve
+from specexit.fingerprint import draft_fingerprint
 
 EMBEDDING = "embed_tokens.weight"
 IGNORED = ("verifier_norm.weight", "verifier_lm_head.weight")  # speculators: the base's, used in training only
@@ -62,8 +64,11 @@ def load_draft(
     allow_pickle    read pytorch_model.bin where there is no safetensors file: only data is unpickled, never code
     revision        of the hub's repository: a branch, a tag or a commit
 
+    The exit rules in calibration.json, or an older config.json, become the draft's `calibration`.
+
     Raises FileNotFoundError where a file is missing, and ValueError where one is corrupt or does not fit: a tensor
-    that is missing, unexpected or of another shape than the config says, or a draft for another vocabulary.
+    that is missing, unexpected or of another shape than the config says, a draft for another vocabulary, or rules that
+    were calibrated for other weights.
     """
     folder = resolve(path, revision, allow_pickle)
     config = Eagle3Config.read(folder / "config.json")
@@ -84,14 +89,33 @@ def load_draft(
         _fill(_layout(draft), tensors)
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from error
+    calibration = read_calibration(folder)
+    if calibration is not None:
+        if calibration["draft"] != draft_fingerprint(tensors):  # of the file: in the draft they may be rounded
+            raise ValueError(f"{folder / CALIBRATION} belongs to other weights of the draft: calibrate again")
+        draft.calibration = calibration
     return draft.eval()
+
+
+def fingerprint_of(draft: Eagle3Draft) -> str:
+    """What tells these weights of a draft from others; a base's embedding is not among them."""
+    return draft_fingerprint({name: slot.view for name, slot in _layout(draft).items()})
+
+
+def saved_fingerprint(folder: Path, allow_pickle: bool = False) -> str:
+    """`fingerprint_of` the draft in a folder, in the dtype in which it is stored."""
+    tensors = _canonical(read_tensors(folder, allow_pickle), folder)
+    return draft_fingerprint(
+        {name: tensor for name, tensor in tensors.items() if name not in (EMBEDDING, "d2t", "t2d")}
+    )
 
 
 @torch.no_grad()
 def save_draft(draft: Eagle3Draft, path: str | os.PathLike[str]) -> None:
     """Write a draft to the folder `path` in the EAGLE-3 layout, in the draft's dtype: config.json, model.safetensors.
 
-    The embedding is the base's and is not written, unless the draft has its own.
+    The embedding is the base's and is not written, unless the draft has its own. A calibration.json that belongs to
+    these weights is written too; one that is there and belongs to others goes with the weights that it belonged to.
     """
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
@@ -110,6 +134,9 @@ def save_draft(draft: Eagle3Draft, path: str | os.PathLike[str]) -> None:
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    (folder / CALIBRATION).unlink(missing_ok=True)
+    if draft.calibration.get("draft") == fingerprint_of(draft):
+        (folder / CALIBRATION).write_text(json.dumps(draft.calibration, indent=2) + "\n", encoding="utf-8")
 
 
 def _layout(draft: Eagle3Draft) -> dict[str, _Slot]:

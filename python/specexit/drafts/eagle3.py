@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from specexit.config import TreeConfig
+from specexit.drafts.calibration import from_thresholds
 from specexit.drafts.eagle3_batch import Eagle3Batch, reads_only_fc
 from specexit.drafts.eagle3_config import Eagle3Config, Source
 from specexit.drafts.eagle3_workspace import Workspace
@@ -88,6 +89,7 @@ class Eagle3Draft(nn.Module):
         self.d2t: Tensor | None  # [Vd] int32: target id = draft id + d2t[draft id]; None: they are the same
         self.register_buffer("d2t", None)
         self.source: Source | None = config.resolve_source(source)
+        self.calibration: Mapping[str, Any] = from_thresholds(config.exit_head or {})
         self._rope = RopeTable(
             config.rope_parameters,
             head_dim=config.head_dim,
@@ -107,10 +109,6 @@ class Eagle3Draft(nn.Module):
     @property
     def feature_size(self) -> int:
         return 3 * self.config.target_hidden_size
-
-    @property
-    def calibration(self) -> Mapping[str, Any]:
-        return self.config.exit_head or {}
 
     def select_source(self, source: str | None) -> None:
         self.source = None if source is None else self.config.resolve_source(source)

@@ -30,7 +30,7 @@ def resolve(path: str | os.PathLike[str], revision: str | None = None, allow_pic
     if folder.exists():
         raise FileNotFoundError(f"{name} must be a folder with config.json and {WEIGHTS}, is a file")
     try:
-        patterns = ["config.json", "*.safetensors", INDEX, *([PICKLE] if allow_pickle else [])]
+        patterns = ["config.json", "calibration.json", "*.safetensors", INDEX, *([PICKLE] if allow_pickle else [])]
         return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except HFValidationError:
         raise FileNotFoundError(f"there is no folder {name}, and no repository of the hub can be called so") from None

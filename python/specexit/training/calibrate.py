@@ -1,0 +1,318 @@
+"""Thresholds and smoothing that cut the most thinking at a stated risk: "at most this share of answers is lost".
+
+Nothing is decoded: rules are tried on recorded traces, see `rules`. Problems are split at random: on one part a
+sequence of rules is chosen, on the other it is tested, see `learn_then_test`. A rule that passes is *certified*. Beside
+it, and apart from it, stands the *estimated* rule: the one that kept the promise on all problems it was chosen on. It
+is bolder, and on other problems it will often lose a little more: thousands were tried.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from specexit import checks
+from specexit.decoder import SpecExitDecoder
+from specexit.drafts.calibration import FIELDS, VERSION, read_calibration, write_calibration
+from specexit.drafts.checkpoint import saved_fingerprint
+from specexit.exit import ExitConfig
+from specexit.fingerprint import base_fingerprint
+from specexit.training.grid import SMOOTHINGS, Rules, grid, readouts
+from specexit.training.learn_then_test import TUNING_SHARE, certified, p_value, problems_needed, safe_to_bold, split
+from specexit.training.records import Trace, read_traces
+from specexit.training.rules import Boundaries, Scores, SignalTable
+from specexit.training.signals import RecordedSignals, record_signals
+from specexit_kernels.state import SIGNALS
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A rule, and what was seen of it.
+
+    problems         on which it was seen: those it was tested on, or, of an estimated rule, all
+    losses           of their answers that it lost; a problem with several samples can lose a fraction
+    thinking_tokens  that it leaves, a trace
+    cut              share of the thinking that it does not generate
+    p_value          of its test; None: it was not tested
+    """
+
+    exit: ExitConfig
+    problems: int
+    losses: float
+    thinking_tokens: float
+    cut: float
+    p_value: float | None = None
+
+    @property
+    def loss(self) -> float:
+        return self.losses / self.problems
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What came of a calibration.
+
+    certified   None: no rule was
+    estimated   None: even on the problems themselves every rule lost more
+    tested      the rules in the order in which they were tested, up to the first that failed
+    problems    of the set, and `tested_on`, those of them that rules were tested on
+    needed      problems that the set should have had, as far as one can tell; None: it was large enough, or no number
+                would do
+    left_out    traces with a flaw, which say nothing
+    """
+
+    max_loss: float
+    confidence_level: float | None
+    temperature: float
+    certified: Choice | None
+    estimated: Choice | None
+    tested: tuple[Choice, ...]
+    problems: int
+    tested_on: int
+    needed: int | None
+    left_out: int = 0
+    base: str = field(default="", repr=False)
+
+    @property
+    def why_none(self) -> str | None:
+        """Why no rule is certified, in a sentence; None: one is, or none was asked for."""
+        if self.certified is not None or self.confidence_level is None:
+            return None
+        asked = f"a loss of at most {self.max_loss:g} with confidence {self.confidence_level:g}"
+        if self.needed is None:
+            return f"no rule is certified: on these problems even the safest one does not keep {asked}"
+        had = f"{self.problems} problems, {self.tested_on} of them for testing"
+        return f"no rule is certified: {asked} takes about {self.needed} problems, there were {had}"
+
+
+def calibrate(
+    decoder: SpecExitDecoder,
+    traces: Sequence[Trace],
+    *,
+    max_loss: float = 0.01,
+    confidence_level: float | None = 0.95,
+    signals: RecordedSignals | None = None,
+    temperature: float = 0.0,
+    sources: Sequence[str] | None = None,
+    smoothing: Sequence[str] | None = None,
+    use: Sequence[str] = SIGNALS,
+    min_thinking_tokens: int = 0,
+    seed: int = 0,
+) -> Calibration:
+    """Choose an exit rule on annotated traces.
+
+    decoder              with the draft whose signals decide, and the tokenizer
+    max_loss             share of answers that may be lost
+    confidence_level     with which the certified rule keeps it; None: only the estimated rule is wanted
+    signals              of these traces, recorded before; None: they are recorded now
+    temperature          at which the traces were sampled: the rule is for that
+    sources, smoothing   those of `ExitConfig` that are tried; None: all there are
+    use                  the signals that may decide
+    min_thinking_tokens  of every rule
+    seed                 of the split into problems for choosing and problems for testing
+
+    Raises TypeError or ValueError for an argument that cannot be, an empty set, or traces of another base.
+    """
+    checks.number("max_loss", max_loss, 0.0, 1.0)
+    if confidence_level is not None:
+        checks.number("confidence_level", confidence_level, 0.0, 1.0)
+        if not 0 < confidence_level < 1 or not 0 < max_loss < 1:
+            raise ValueError(
+                "max_loss and confidence_level must lie between 0 and 1 to be certified, were"
+                f" {max_loss:g} and {confidence_level:g}; confidence_level=None gives the estimated rule alone"
+            )
+    checks.integer("min_thinking_tokens", min_thinking_tokens, 0)
+    _check_names("use", use, SIGNALS)
+    _check_names("smoothing", smoothing, tuple(SMOOTHINGS))
+    sound, table = signal_table(decoder, traces, signals)
+    _check_names("sources", sources, table.signals.sources)
+    readings = readouts(table.signals.sources if sources is None else sources, smoothing or tuple(SMOOTHINGS))
+
+    def rules(chosen: Tensor | None = None) -> Rules:
+        return grid(table, readings, use, min_thinking_tokens, chosen)
+
+    where = table.boundaries
+    everything = torch.ones(where.problems, dtype=torch.bool)
+    every = rules()
+    estimated = _estimate(every, every.score(table), table, max_loss)
+    tested: list[Choice] = []
+    best = needed = None
+    tested_on = 0
+    if confidence_level is not None:
+        delta = 1 - confidence_level
+        tuning = split(where.problems, TUNING_SHARE, seed)
+        tested_on = int((~tuning).sum())
+        least = problems_needed(max_loss, delta)
+        assert least is not None
+        if tested_on < least:
+            needed = math.ceil(least / (1 - TUNING_SHARE))
+        else:
+            chosen = tuning[where.problem].nonzero().flatten()
+            own = rules(chosen)
+            scores = own.score(table, chosen)
+            order = safe_to_bold(scores.loss, scores.tokens, own.stricter)
+            choices = [_choice(own.config(rule), table, ~tuning, max_loss) for rule in order]
+            count = certified([float(choice.p_value or 0.0) for choice in choices], delta)
+            tested = choices[: count + 1]
+            best = min(choices[:count], key=lambda choice: choice.thinking_tokens, default=None)
+            if best is None:
+                found = problems_needed(max_loss, delta, min((c.loss for c in choices), default=max_loss))
+                needed = None if found is None else math.ceil(found / (1 - TUNING_SHARE))
+    return Calibration(
+        max_loss=max_loss,
+        confidence_level=confidence_level,
+        temperature=temperature,
+        certified=best,
+        estimated=None if estimated is None else _choice(estimated, table, everything, None),
+        tested=tuple(tested),
+        problems=where.problems,
+        tested_on=tested_on,
+        needed=needed,
+        left_out=len(traces) - len(sound),
+        base=base_fingerprint(decoder.model),
+    )
+
+
+def read_all(paths: Sequence[str | os.PathLike[str]]) -> tuple[dict[str, Any], list[Trace]]:
+    """The traces of several files, which must be of one base, at one temperature; the header is the first one's."""
+    headers, traces = zip(*(read_traces(path) for path in paths), strict=True)
+    for key, what in (("base", "base"), ("temperature", "temperature"), ("tokenizer", "tokenizer")):
+        values = {str(header.get(key)) for header in headers}
+        if len(values) > 1:
+            raise ValueError(f"traces must be of one {what}, were of {', '.join(sorted(values))}")
+    every = [trace for part in traces for trace in part]
+    return dict(headers[0]), every
+
+
+def check_header(header: Mapping[str, Any], decoder: SpecExitDecoder) -> None:
+    """Raise ValueError where the header of a file of traces names another base."""
+    made_with = header.get("base")
+    if made_with is not None and made_with != base_fingerprint(decoder.model):
+        raise ValueError("traces must be of this base, were made with another one: annotate with this base")
+
+
+def signal_table(
+    decoder: SpecExitDecoder, traces: Sequence[Trace], signals: RecordedSignals | None = None
+) -> tuple[list[Trace], SignalTable]:
+    """The traces without a flaw, and their signals. Raises ValueError where there are none, or they do not fit."""
+    if not traces:
+        raise ValueError("traces must hold at least one trace, were none")
+    sound = [trace for trace in traces if trace.flaw is None]
+    if not any(trace.boundaries for trace in sound):
+        flaws = sorted({trace.flaw for trace in traces if trace.flaw is not None})
+        raise ValueError(
+            f"traces must hold one that can be cut at a boundary, none of {len(traces)} can: "
+            f"{'; '.join(flaws) or 'they have no boundary'}"
+        )
+    check_boundaries(decoder, sound)
+    if signals is None:
+        signals = record_signals(decoder, sound)
+    assert decoder.draft is not None
+    signals.check_models(decoder.base, decoder.draft)
+    return sound, SignalTable(signals, sound, Boundaries.of(sound))
+
+
+def check_boundaries(decoder: SpecExitDecoder, traces: Sequence[Trace]) -> None:
+    """Raise ValueError where a trace is not annotated at just those boundaries at which the decoder could cut it."""
+    ids = set(decoder.planner.markers(ExitConfig()).boundary)
+    for trace in traces:
+        wanted = [place for place, token in enumerate(trace.thinking, 1) if token in ids]
+        if wanted != trace.boundaries:
+            raise ValueError(
+                f"traces must be annotated at every paragraph's end that the decoder cuts at: {trace.id!r} has"
+                f" {len(wanted)} of them, and is annotated at {len(trace.boundaries)}"
+            )
+
+
+def write(
+    result: Calibration, folder: str | os.PathLike[str], name: str | None = None, default: bool = False
+) -> list[str]:
+    """Add the rules to calibration.json of a draft's folder: the certified one as `name`, the estimated one as
+    `name`-estimated. Rules of other names stay, as long as they are for this base and these weights.
+
+    name      None: "1-percent", by the loss, and "1-percent-at-0.7" by the temperature, where that is not 0
+    default   use the certified rule, or without one the estimated, where nothing else is asked for. The first rule
+              that a file gets is its default anyway
+
+    Returns the names that were written.
+    """
+    place = Path(folder)
+    name = name or default_name(result.max_loss, result.temperature)
+    marks = {"base": result.base, "draft": saved_fingerprint(place)}
+    had = read_calibration(place)
+    if had is not None and any(had[key] != mark for key, mark in marks.items()):
+        had = None  # of other weights: nothing in it holds now
+    rules = dict(had["rules"]) if had else {}
+    written = []
+    for own, kind, choice in (
+        (name, "certified", result.certified),
+        (f"{name}-estimated", "estimated", result.estimated),
+    ):
+        rules.pop(own, None)
+        if choice is not None:
+            rules[own] = as_rule(result, choice, kind)
+            written.append(own)
+    if not written:
+        raise ValueError("result must hold a rule to be written, held none")
+    named = had["default"] if had else None
+    if default or named not in rules:
+        named = written[0]
+    write_calibration(place, {"version": VERSION, "default": named, "rules": rules, **marks})
+    return written
+
+
+def default_name(max_loss: float, temperature: float) -> str:
+    return f"{100 * max_loss:g}-percent" + (f"-at-{temperature:g}" if temperature else "")
+
+
+def as_rule(result: Calibration, choice: Choice, kind: str) -> dict[str, Any]:
+    """As calibration.json has it."""
+    default = {f.name: f.default for f in fields(ExitConfig)}
+    values = {name: getattr(choice.exit, name) for name in FIELDS}
+    evidence = {"problems": choice.problems, "losses": choice.losses, "loss": choice.loss, "p_value": choice.p_value}
+    return {
+        "exit": {name: value for name, value in values.items() if value != default[name]},
+        "kind": kind,
+        "temperature": result.temperature,
+        "max_loss": result.max_loss,
+        "confidence_level": result.confidence_level if kind == "certified" else None,
+        "evidence": {**evidence, "thinking_tokens": choice.thinking_tokens, "cut": choice.cut},
+    }
+
+
+def _estimate(rules: Rules, scores: Scores, table: SignalTable, max_loss: float) -> ExitConfig | None:
+    """The rule that cuts most at a loss of at most `max_loss`; of several the one that loses least, the strictest."""
+    allowed = (scores.loss <= max_loss + 1e-9).nonzero().flatten().tolist()
+    if not allowed:
+        return None
+    ranks = torch.stack([scores.tokens, scores.loss, -rules.strictness()], 1).tolist()
+    return rules.config(min(allowed, key=ranks.__getitem__))
+
+
+def _choice(config: ExitConfig, table: SignalTable, problems: Tensor, max_loss: float | None) -> Choice:
+    """What some problems, [problems] bool, say of a rule; with `max_loss`, its test."""
+    traces = problems[table.boundaries.problem].nonzero().flatten()
+    where, first = table.boundaries.select(traces), table.first(config)[traces].unsqueeze(0)
+    scores, losses = where.score(first), where.losses(first)[0]
+    return Choice(
+        exit=config,
+        problems=len(losses),
+        losses=float(losses.sum()),
+        thinking_tokens=float(scores.tokens[0]),
+        cut=float(scores.cut[0]),
+        p_value=None if max_loss is None else p_value(losses, max_loss),
+    )
+
+
+def _check_names(name: str, values: Sequence[str] | None, known: Sequence[str]) -> None:
+    if values is None:
+        return
+    if not values or isinstance(values, str) or any(value not in known for value in values):
+        raise ValueError(f"{name} must be some of {', '.join(known)}, was {values!r}")
