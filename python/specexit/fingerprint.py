@@ -18,8 +18,10 @@ def base_fingerprint(model: nn.Module) -> str:
     """
     content = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):
-        values = parameter.detach().flatten()[:_VALUES]
-        content.update(f"{name} {list(parameter.shape)} {_bits(values).tolist()} ".encode())
+        first = parameter.detach().reshape(-1)[:_VALUES]
+        if first.is_floating_point():  # quantised weights are integers
+            first = _bits(first)
+        content.update(f"{name} {list(parameter.shape)} {first.tolist()}\n".encode())
     return content.hexdigest()
 
 
@@ -31,7 +33,7 @@ def draft_fingerprint(tensors: Mapping[str, Tensor]) -> str:
     """
     content = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
-        values = _bits(tensor.detach().flatten()).long()
+        values = _bits(tensor.detach().reshape(-1)).long()
         place = torch.arange(1, len(values) + 1, device=values.device)
         sums = int(values.sum()), int((values * place).sum())  # int64 wraps around, everywhere alike
         content.update(f"{name} {list(tensor.shape)} {sums} ".encode())

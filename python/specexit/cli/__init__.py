@@ -1,4 +1,4 @@
-"""The `specexit` command: demo, generate, info, train.
+"""The `specexit` command: demo, generate, info, train, calibrate.
 
 Importing this module imports neither torch nor transformers, so that `--help` and usage errors answer at once; the
 commands import what they need when they run. Exit status: 0 done, 1 the run failed, 2 bad usage or bad input.
@@ -12,6 +12,7 @@ from typing import Annotated
 
 import typer
 
+from specexit.cli.calibrate import calibrate
 from specexit.cli.console import RunFailed, open_stdio, report_error
 from specexit.cli.demo import demo
 from specexit.cli.generate import generate
@@ -31,6 +32,7 @@ app.command()(demo)
 app.command()(generate)
 app.command()(info)
 app.add_typer(train)
+app.command()(calibrate)
 
 
 def _print_version(asked: bool) -> None:

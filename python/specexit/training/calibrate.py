@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +20,12 @@ from torch import Tensor
 
 from specexit import checks
 from specexit.decoder import SpecExitDecoder
-from specexit.drafts.calibration import FIELDS, VERSION, read_calibration, write_calibration
+from specexit.drafts.calibration import FIELDS, KINDS, VERSION, read_calibration, write_calibration
 from specexit.drafts.checkpoint import saved_fingerprint
 from specexit.exit import ExitConfig
 from specexit.fingerprint import base_fingerprint
 from specexit.training.grid import SMOOTHINGS, Rules, grid, readouts
-from specexit.training.learn_then_test import TUNING_SHARE, certified, p_value, problems_needed, safe_to_bold, split
+from specexit.training.learn_then_test import TUNING_SHARE, learn_then_test, problems_needed, split
 from specexit.training.records import Trace, read_traces
 from specexit.training.rules import Boundaries, Scores, SignalTable
 from specexit.training.signals import RecordedSignals, record_signals
@@ -139,9 +139,10 @@ def calibrate(
         return grid(table, readings, use, min_thinking_tokens, chosen)
 
     where = table.boundaries
-    everything = torch.ones(where.problems, dtype=torch.bool)
     every = rules()
-    estimated = _estimate(every, every.score(table), table, max_loss)
+    found = best_estimate(every.score(table), max_loss, every.strictness())
+    everything = torch.ones(where.problems, dtype=torch.bool)
+    estimated = None if found is None else _choice(every.config(found), table, everything)
     tested: list[Choice] = []
     best = needed = None
     tested_on = 0
@@ -154,23 +155,16 @@ def calibrate(
         if tested_on < least:
             needed = math.ceil(least / (1 - TUNING_SHARE))
         else:
-            chosen = tuning[where.problem].nonzero().flatten()
-            own = rules(chosen)
-            scores = own.score(table, chosen)
-            order = safe_to_bold(scores.loss, scores.tokens, own.stricter)
-            choices = [_choice(own.config(rule), table, ~tuning, max_loss) for rule in order]
-            count = certified([float(choice.p_value or 0.0) for choice in choices], delta)
-            tested = choices[: count + 1]
-            best = min(choices[:count], key=lambda choice: choice.thinking_tokens, default=None)
+            tested, best = _certify(table, rules, tuning, max_loss, delta)
             if best is None:
-                found = problems_needed(max_loss, delta, min((c.loss for c in choices), default=max_loss))
-                needed = None if found is None else math.ceil(found / (1 - TUNING_SHARE))
+                enough = problems_needed(max_loss, delta, min((c.loss for c in tested), default=max_loss))
+                needed = None if enough is None else math.ceil(enough / (1 - TUNING_SHARE))
     return Calibration(
         max_loss=max_loss,
         confidence_level=confidence_level,
         temperature=temperature,
         certified=best,
-        estimated=None if estimated is None else _choice(estimated, table, everything, None),
+        estimated=estimated,
         tested=tuple(tested),
         problems=where.problems,
         tested_on=tested_on,
@@ -183,19 +177,35 @@ def calibrate(
 def read_all(paths: Sequence[str | os.PathLike[str]]) -> tuple[dict[str, Any], list[Trace]]:
     """The traces of several files, which must be of one base, at one temperature; the header is the first one's."""
     headers, traces = zip(*(read_traces(path) for path in paths), strict=True)
-    for key, what in (("base", "base"), ("temperature", "temperature"), ("tokenizer", "tokenizer")):
-        values = {str(header.get(key)) for header in headers}
-        if len(values) > 1:
-            raise ValueError(f"traces must be of one {what}, were of {', '.join(sorted(values))}")
+    for what, of in (
+        ("base", lambda header: header.get("base")),
+        ("tokenizer", lambda header: header.get("tokenizer")),
+        ("temperature", temperature_of),
+        ("extractor", lambda header: header.get("extractor")),
+        ("choice of boundaries", lambda header: header.get("markers")),
+    ):
+        values = [str(of(header)) for header in headers]
+        if len(set(values)) > 1:
+            raise ValueError(f"traces must be of one {what}, were of {' and '.join(dict.fromkeys(values))}")
     every = [trace for part in traces for trace in part]
     return dict(headers[0]), every
 
 
-def check_header(header: Mapping[str, Any], decoder: SpecExitDecoder) -> None:
-    """Raise ValueError where the header of a file of traces names another base."""
-    made_with = header.get("base")
-    if made_with is not None and made_with != base_fingerprint(decoder.model):
+def temperature_of(header: Mapping[str, Any]) -> float:
+    """At which the traces of a file were sampled; greedy where the header does not say."""
+    sampling = header.get("sampling")
+    return float(sampling.get("temperature", 0.0)) if isinstance(sampling, Mapping) else 0.0
+
+
+def check_models(header: Mapping[str, Any], decoder: SpecExitDecoder) -> None:
+    """Raise ValueError where a file of traces, or the draft, was made with another base."""
+    base = base_fingerprint(decoder.model)
+    if header.get("base", base) != base:
         raise ValueError("traces must be of this base, were made with another one: annotate with this base")
+    config = getattr(decoder.draft, "config", None)
+    training = getattr(config, "extra", {}).get("training")
+    if isinstance(training, Mapping) and training.get("base", base) != base:
+        raise ValueError("draft must be one for this base, was trained for another one: fit one for this base")
 
 
 def signal_table(
@@ -235,7 +245,8 @@ def write(
     result: Calibration, folder: str | os.PathLike[str], name: str | None = None, default: bool = False
 ) -> list[str]:
     """Add the rules to calibration.json of a draft's folder: the certified one as `name`, the estimated one as
-    `name`-estimated. Rules of other names stay, as long as they are for this base and these weights.
+    `name`-estimated, or, where no certified one was wanted, as `name`. Rules of other names stay, as long as they are
+    for this base and these weights.
 
     name      None: "1-percent", by the loss, and "1-percent-at-0.7" by the temperature, where that is not 0
     default   use the certified rule, or without one the estimated, where nothing else is asked for. The first rule
@@ -245,20 +256,18 @@ def write(
     """
     place = Path(folder)
     name = name or default_name(result.max_loss, result.temperature)
+    own = (name, f"{name}-estimated" if result.confidence_level is not None else name)
     marks = {"base": result.base, "draft": saved_fingerprint(place)}
     had = read_calibration(place)
     if had is not None and any(had[key] != mark for key, mark in marks.items()):
         had = None  # of other weights: nothing in it holds now
     rules = dict(had["rules"]) if had else {}
     written = []
-    for own, kind, choice in (
-        (name, "certified", result.certified),
-        (f"{name}-estimated", "estimated", result.estimated),
-    ):
-        rules.pop(own, None)
+    for called, kind, choice in zip(own, KINDS, (result.certified, result.estimated), strict=True):
+        rules.pop(called, None)
         if choice is not None:
-            rules[own] = as_rule(result, choice, kind)
-            written.append(own)
+            rules[called] = as_rule(result, choice, kind)
+            written.append(called)
     if not written:
         raise ValueError("result must hold a rule to be written, held none")
     named = had["default"] if had else None
@@ -272,13 +281,18 @@ def default_name(max_loss: float, temperature: float) -> str:
     return f"{100 * max_loss:g}-percent" + (f"-at-{temperature:g}" if temperature else "")
 
 
+def as_fields(config: ExitConfig) -> dict[str, Any]:
+    """The fields of an exit rule that differ from the defaults."""
+    default = {f.name: f.default for f in fields(ExitConfig)}
+    values = {name: getattr(config, name) for name in FIELDS}
+    return {name: value for name, value in values.items() if value != default[name]}
+
+
 def as_rule(result: Calibration, choice: Choice, kind: str) -> dict[str, Any]:
     """As calibration.json has it."""
-    default = {f.name: f.default for f in fields(ExitConfig)}
-    values = {name: getattr(choice.exit, name) for name in FIELDS}
     evidence = {"problems": choice.problems, "losses": choice.losses, "loss": choice.loss, "p_value": choice.p_value}
     return {
-        "exit": {name: value for name, value in values.items() if value != default[name]},
+        "exit": as_fields(choice.exit),
         "kind": kind,
         "temperature": result.temperature,
         "max_loss": result.max_loss,
@@ -287,17 +301,42 @@ def as_rule(result: Calibration, choice: Choice, kind: str) -> dict[str, Any]:
     }
 
 
-def _estimate(rules: Rules, scores: Scores, table: SignalTable, max_loss: float) -> ExitConfig | None:
-    """The rule that cuts most at a loss of at most `max_loss`; of several the one that loses least, the strictest."""
+def best_estimate(scores: Scores, max_loss: float, strictness: Tensor | None = None) -> int | None:
+    """The rule that cuts most at a loss of at most `max_loss`; of several the one that loses least, then the strictest.
+
+    None where every rule loses more.
+    """
     allowed = (scores.loss <= max_loss + 1e-9).nonzero().flatten().tolist()
-    if not allowed:
-        return None
-    ranks = torch.stack([scores.tokens, scores.loss, -rules.strictness()], 1).tolist()
-    return rules.config(min(allowed, key=ranks.__getitem__))
+    strict = torch.zeros_like(scores.loss) if strictness is None else strictness
+    ranks = torch.stack([scores.tokens, scores.loss, -strict], 1).tolist()
+    return min(allowed, key=ranks.__getitem__, default=None)
 
 
-def _choice(config: ExitConfig, table: SignalTable, problems: Tensor, max_loss: float | None) -> Choice:
-    """What some problems, [problems] bool, say of a rule; with `max_loss`, its test."""
+def _certify(
+    table: SignalTable, rules: Callable[[Tensor], Rules], tuning: Tensor, max_loss: float, delta: float
+) -> tuple[list[Choice], Choice | None]:
+    """The rules that were tested, and of those that passed the one that cuts most.
+
+    rules    the grid by the signals of some traces
+    tuning   [problems] bool: those on which the sequence is chosen
+    """
+    chosen = tuning[table.boundaries.problem].nonzero().flatten()
+    own = rules(chosen)
+    scores = own.score(table, chosen)
+    others = (~tuning[table.boundaries.problem]).nonzero().flatten()
+    where = table.boundaries.select(others)
+
+    def test_losses(rule: int) -> Tensor:
+        return where.losses(table.first(own.config(rule))[others].unsqueeze(0))[0]
+
+    result = learn_then_test(scores.loss, scores.tokens, own.stricter, test_losses, max_loss=max_loss, delta=delta)
+    pairs = zip(result.order, result.p_values, strict=False)  # what stands behind a rule that failed has none
+    tested = [replace(_choice(own.config(rule), table, ~tuning), p_value=value) for rule, value in pairs]
+    return tested, min(tested[: result.certified], key=lambda choice: choice.thinking_tokens, default=None)
+
+
+def _choice(config: ExitConfig, table: SignalTable, problems: Tensor) -> Choice:
+    """What some problems, [problems] bool, say of a rule."""
     traces = problems[table.boundaries.problem].nonzero().flatten()
     where, first = table.boundaries.select(traces), table.first(config)[traces].unsqueeze(0)
     scores, losses = where.score(first), where.losses(first)[0]
@@ -307,7 +346,6 @@ def _choice(config: ExitConfig, table: SignalTable, problems: Tensor, max_loss: 
         losses=float(losses.sum()),
         thinking_tokens=float(scores.tokens[0]),
         cut=float(scores.cut[0]),
-        p_value=None if max_loss is None else p_value(losses, max_loss),
     )
 
 

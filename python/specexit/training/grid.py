@@ -63,7 +63,7 @@ class Rules:
         found = []
         for grid in self.thresholds:
             ranks = [column.unique(return_inverse=True)[1].double() for column in _strictness(grid).unbind(1)]
-            found.append(torch.stack([rank / rank.max().clamp(min=1) for rank in ranks]).sum(0))
+            found.append(torch.stack([rank / max(len(rank.unique()) - 1, 1) for rank in ranks]).sum(0))
         return torch.cat(found)
 
     def _at(self, rule: int) -> tuple[Readout, Tensor]:
