@@ -183,7 +183,7 @@ def test_answers_end_where_the_extractor_has_seen_enough(
 
 
 def test_the_tokens_of_an_answer_are_those_that_spell_it(decoder: SpecExitDecoder, rng: torch.Generator) -> None:
-    """Tokens that are bytes: an answer's are its bytes, whatever parts of characters stand around it."""
+    """Tokens that are bytes: an answer's are its bytes that are generated, whatever characters stand around it."""
     annotator = Annotator(decoder, "regex:<(.*?)>")
     annotator._decode = lambda ids: bytes(ids).decode(errors="replace")  # type: ignore[method-assign]
     for _ in range(50):
@@ -196,6 +196,12 @@ def test_the_tokens_of_an_answer_are_those_that_spell_it(decoder: SpecExitDecode
         assert found is not None
         assert found.text == b
         assert found.tokens == list(range(len(before), len(before) + len(inside)))
+        # With a prefix that reaches into the answer, or up to its end: then none of it is generated.
+        for known in range(len(inside) + 1):
+            annotator.prefix = [*before, *inside[:known]]
+            found = annotator._read_answer((*inside[known:], *f">{c}".encode()))
+            assert (None if found is None else found.tokens) == (list(range(len(inside) - known)) or None)
+        annotator.prefix = []
 
 
 def test_texts_do_not_depend_on_the_draft_the_slots_the_order_or_the_run(
