@@ -21,7 +21,8 @@ from transformers import PreTrainedTokenizerFast
 
 from specexit import ExitConfig, SpecExitDecoder, bundled_pair
 from specexit.cli import main
-from specexit.training.annotate import Annotator, NothingUsable, annotate
+from specexit.training.annotate import NothingUsable, annotate
+from specexit.training.annotator import Annotator
 from specexit.training.answers import Found
 from specexit.training.identity import fingerprint
 from specexit.training.problems import Problem, read_problems
@@ -330,7 +331,7 @@ def test_a_text_without_paragraphs(
         ({"temperature": -1.0}, "temperature must be finite and at least 0, was -1"),
         ({"top_p": 2.0}, "top_p must be"),
         ({"max_new_tokens": 0}, "max_new_tokens must be at least 1, was 0"),
-        ({"max_answer_tokens": 0}, "max_new_tokens must be at least 1, was 0"),
+        ({"max_answer_tokens": 0}, "max_answer_tokens must be at least 1, was 0"),
         ({"extractor": "box"}, "extractor must be one of boxed"),
         ({"answer_prefix": "unheard of"}, "answer_prefix must be a text that the tokenizer knows, was 'unheard of'"),
         ({"exit": ExitConfig(boundary_ids=[9999])}, r"boundary_ids must be in \[0, "),

@@ -7,6 +7,7 @@
     texts       what it makes of it: thinking and reply, told apart by their markers
     sample      texts drawn from the base
     probe       what it answers where its thinking is cut: all places of a text at once, over one cache
+    annotator   from a text to a trace
     annotate    the run that makes a file of traces; `cost` says what it took
 
 Nothing here runs in a decode step.
