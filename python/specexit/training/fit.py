@@ -37,7 +37,7 @@ from specexit.training.records import Trace, read_traces
 from specexit.training.schedule import Optimizer, clip_gradients, default_rate, rate_factor, unroll_depth
 from specexit_kernels.state import SIGNALS
 
-BALANCE_EVERY = 10  # steps between two measurements of the gradients' norms: a fifth of a step's cost each
+BALANCE_EVERY = 10  # steps between two measurements of the gradients' norms
 
 
 @dataclass(frozen=True)
@@ -202,7 +202,7 @@ class _Run:
         values = losses.values() / self.processes.count
         self.processes.sum_([values, *(p.grad for p in objective.parameters().values() if p.grad is not None)])
         groups = objective.gradient_groups()
-        for gradient in groups[0] + groups[1]:
+        for gradient in (gradient for group in groups for gradient in group):
             gradient /= self.processes.count
         norm = clip_gradients(groups, config.clip)
         factor = rate_factor(step, config.steps)

@@ -62,16 +62,21 @@ class Objective:
         return {name: p for name, p in named.items() if self.output or name not in _EXIT_HEAD}
 
     def gradient_groups(self) -> list[list[Tensor]]:
-        """Gradients that are clipped together. The signals' rows of fc are apart: they share nothing with the rest."""
+        """Gradients that are clipped together: of the token part, of the exit head, of the signals' rows of fc. Those of
+        a signal's rows are large where its own loss is, which is no reason to learn less of the tokens."""
         H = self.draft.config.hidden_size
-        shared, apart = [], []
+        tokens: list[Tensor] = []
+        head: list[Tensor] = []
+        fc: list[Tensor] = []
         for name, parameter in self.parameters().items():
-            if parameter.grad is not None and name == "fc_weight":
-                shared.append(parameter.grad[:H])
-                apart.append(parameter.grad[H:])
-            elif parameter.grad is not None:
-                shared.append(parameter.grad)
-        return [shared, apart]
+            if parameter.grad is None:
+                continue
+            if name == "fc_weight":
+                tokens.append(parameter.grad[:H])
+                fc.append(parameter.grad[H:])
+            else:
+                (head if name in _EXIT_HEAD else tokens).append(parameter.grad)
+        return [tokens, head, fc]
 
     @torch.no_grad()
     def read(self, example: Example) -> dict[str, Tensor]:

@@ -69,11 +69,11 @@ class Optimizer:
 
 
 def clip_gradients(groups: Sequence[Sequence[Tensor]], limit: float) -> Tensor:
-    """Scale each group of gradients, or of views of them, to a norm of at most `limit`; the first one's norm before."""
+    """Scale each group of gradients, or of views of them, to a norm of at most `limit`; the norm of all before it."""
     norms = []
-    for group in groups:
-        norm = torch.stack([gradient.norm() for gradient in group]).norm() if group else torch.zeros(())
+    for group in filter(None, groups):
+        norm = torch.stack([gradient.norm() for gradient in group]).norm()
         for gradient in group:
             gradient.mul_((limit / (norm + 1e-6)).clamp(max=1.0))
         norms.append(norm)
-    return norms[0]
+    return torch.stack(norms).norm()
