@@ -134,6 +134,8 @@ def record_signals(
     base, draft = decoder.base, decoder.draft
     if draft is None:
         raise ValueError("decoder must have a draft, whose signals are to be recorded, had none")
+    if not traces:
+        raise ValueError("traces must hold at least one trace, were none")
     with base.lock:
         names = _names(draft)
         if not names:

@@ -1,0 +1,337 @@
+"""Calibrations and ablations from made-up traces of the bundled pair's tokens, and their commands."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from specexit import ExitConfig, SpecExitDecoder, TreeConfig, bundled_pair, load_draft
+from specexit.cli import main
+from specexit.training.ablate import ablate
+from specexit.training.auroc import auroc
+from specexit.training.calibrate import Calibration, calibrate, default_name, read_all, signal_table, write
+from specexit.training.learn_then_test import binomial_tail, split
+from specexit.training.records import Trace, TraceFile, sufficient_length
+from specexit.training.report import draw, markdown
+from specexit.training.signals import RecordedSignals, record_signals
+
+
+@pytest.fixture(scope="module")
+def decoder() -> SpecExitDecoder:
+    pair = bundled_pair()
+    return SpecExitDecoder.from_pretrained(pair.base, pair.draft, dtype=torch.float32, device="cpu")
+
+
+def random_traces(
+    decoder: SpecExitDecoder, source: random.Random, name: str, count: int, samples: int = 1
+) -> list[Trace]:
+    """Short texts of random tokens; their answers turn right at a random place, and mostly stay so."""
+    breaks = decoder.planner.markers(ExitConfig()).boundary
+    traces = []
+    for number in range(count):
+        for sample in range(samples):
+            thinking: list[int] = []
+            for _ in range(source.randint(1, 4)):
+                thinking += [source.randint(20, 60) for _ in range(source.randint(1, 4))] + [source.choice(breaks)]
+            boundaries = [n for n, token in enumerate(thinking, 1) if token in breaks]
+            turn = source.randint(0, len(boundaries))
+            agrees = [k >= turn or source.random() < 0.1 for k in range(len(boundaries))]
+            traces.append(
+                Trace(
+                    id=f"{name}{number}",
+                    sample=sample,
+                    prompt=[source.randint(20, 60) for _ in range(3)],
+                    thinking=thinking,
+                    reply=[5],
+                    boundaries=boundaries,
+                    answers=["1" if a else "2" for a in agrees],
+                    probabilities=[source.random() for _ in agrees],
+                    agrees=agrees,
+                    correct=agrees,
+                    final="1",
+                    final_correct=True,
+                    sufficient=sufficient_length(boundaries, agrees, len(thinking)),
+                )
+            )
+    return traces
+
+
+@pytest.fixture
+def source(rng: torch.Generator) -> random.Random:
+    return random.Random(int(torch.randint(2**31, (), generator=rng)))
+
+
+def telling(decoder: SpecExitDecoder, traces: list[Trace], rng: torch.Generator, noise: float) -> RecordedSignals:
+    """Signals of these traces that say, but for the noise, whether the answer is there."""
+    recorded = record_signals(decoder, traces)
+    known = torch.cat(
+        [
+            torch.tensor(
+                [
+                    4.0 if position >= t.sufficient and t.agrees[-1] else -4.0
+                    for position in range(1, len(t.thinking) + 1)
+                ]
+            )
+            for t in traces
+        ]
+    )
+    sign = torch.tensor([1.0, 1.0, -1.0])
+    raw = {s: known.unsqueeze(1) * sign + noise * torch.randn(len(known), 3, generator=rng) for s in ("fc", "output")}
+    return RecordedSignals(raw, recorded.names, recorded.offsets, recorded.traces, recorded.base, recorded.draft)
+
+
+QUICK: dict[str, Any] = {"sources": ["output"], "smoothing": ["none", "ewma"], "use": ["confidence", "remaining"]}
+
+
+def test_a_rule_is_certified_on_the_problems_it_was_not_chosen_on(
+    decoder: SpecExitDecoder, source: random.Random, rng: torch.Generator
+) -> None:
+    traces = random_traces(decoder, source, "p", 150)
+    signals = telling(decoder, traces, rng, 0.5)
+    result = calibrate(decoder, traces, signals=signals, max_loss=0.1, confidence_level=0.9, seed=3, **QUICK)
+    assert result.certified is not None
+    assert (result.problems, result.tested_on, result.needed, result.why_none) == (150, 90, None, None)
+    _, table = signal_table(decoder, traces, signals)
+    where = table.boundaries
+    for choice in result.tested:
+        lost = where.losses(table.first(choice.exit).unsqueeze(0))[0][~split(150, 0.4, 3)]
+        assert (choice.problems, choice.losses) == (90, float(lost.sum()))
+        assert choice.p_value == pytest.approx(binomial_tail(int(lost.sum()), 90, 0.1))
+    passed = [choice for choice in result.tested if (choice.p_value or 0) <= 0.1]
+    assert passed == list(result.tested[: len(passed)])
+    assert result.certified.cut == max(choice.cut for choice in passed)
+    assert result.estimated is not None
+    scores = where.score(table.first(result.estimated.exit).unsqueeze(0)).of(0)
+    assert scores["loss"] <= 0.1 + 1e-9
+    assert (scores["tokens"], scores["cut"]) == (result.estimated.thinking_tokens, result.estimated.cut)
+    # The signals tell nearly all, so nearly all is cut that can be.
+    assert scores["cut"] > 0.8 * (1 - sum(t.sufficient for t in traces) / sum(len(t.thinking) for t in traces))
+    assert result.estimated.p_value is None
+
+
+def test_samples_of_a_problem_count_as_one(
+    decoder: SpecExitDecoder, source: random.Random, rng: torch.Generator
+) -> None:
+    traces = random_traces(decoder, source, "p", 70, samples=2)
+    result = calibrate(
+        decoder, traces, signals=telling(decoder, traces, rng, 2.0), max_loss=0.2, confidence_level=0.8, **QUICK
+    )
+    assert (result.problems, result.tested_on) == (70, 42)
+    assert all(choice.problems == 42 for choice in result.tested)
+
+
+def test_too_few_problems_are_said_to_be_too_few(
+    decoder: SpecExitDecoder, source: random.Random, rng: torch.Generator
+) -> None:
+    traces = random_traces(decoder, source, "p", 20)
+    result = calibrate(decoder, traces, signals=telling(decoder, traces, rng, 0.1), **QUICK)
+    assert (result.certified, result.tested, result.needed) == (None, (), 499)
+    assert result.estimated is not None
+    assert "takes about 499 problems, there were 20 problems, 12 of them for testing" in (result.why_none or "")
+
+
+def test_signals_that_tell_nothing_certify_nothing_bold(
+    decoder: SpecExitDecoder, source: random.Random, rng: torch.Generator
+) -> None:
+    traces = random_traces(decoder, source, "p", 60)
+    for trace in traces:  # whatever is cut, is lost
+        trace.agrees[:] = trace.correct[:] = [False] * len(trace.agrees)  # type: ignore[index]
+    result = calibrate(
+        decoder, traces, signals=telling(decoder, traces, rng, 9.0), max_loss=0.1, confidence_level=0.9, **QUICK
+    )
+    for choice in (*result.tested, result.estimated):
+        assert choice is None or choice.losses > 0 or choice.cut == 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"max_loss": 0.0}, ValueError, "max_loss and confidence_level must lie between 0 and 1 to be certified"),
+        ({"confidence_level": 1.0}, ValueError, "must lie between 0 and 1 to be certified"),
+        ({"max_loss": 1.5}, ValueError, "max_loss must be between 0 and 1, was 1.5"),
+        ({"use": []}, ValueError, "use must be some of confidence, progress, remaining, was"),
+        ({"smoothing": ["ema"]}, ValueError, "smoothing must be some of none, ewma, window, momentum"),
+        ({"sources": ["head"]}, ValueError, "sources must be some of fc, output"),
+        ({"min_thinking_tokens": -1}, ValueError, "min_thinking_tokens must be at least 0"),
+    ],
+)
+def test_settings_that_cannot_be(
+    changes: dict[str, Any], error: type[Exception], message: str, decoder: SpecExitDecoder
+) -> None:
+    traces = random_traces(decoder, random.Random(0), "p", 2)
+    with pytest.raises(error, match=message):
+        calibrate(decoder, traces, **changes)
+
+
+def test_traces_that_cannot_be_used(decoder: SpecExitDecoder) -> None:
+    with pytest.raises(ValueError, match="traces must hold at least one trace, were none"):
+        calibrate(decoder, [])
+    flawed = random_traces(decoder, random.Random(0), "p", 2)
+    for trace in flawed:
+        object.__setattr__(trace, "flaw", "no end of thinking")
+    with pytest.raises(ValueError, match="none of 2 can: no end of thinking"):
+        calibrate(decoder, flawed)
+    partly = random_traces(decoder, random.Random(0), "p", 2)
+    del partly[0].boundaries[-1]
+    for name in ("answers", "probabilities", "agrees"):
+        del getattr(partly[0], name)[-1]
+    with pytest.raises(ValueError, match="annotated at every paragraph's end that the decoder cuts at: 'p0'"):
+        calibrate(decoder, partly)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    target = tmp_path / "draft"
+    shutil.copytree(bundled_pair().draft, target)
+    for file in target.iterdir():
+        file.chmod(0o644)
+    (target / "calibration.json").unlink(missing_ok=True)
+    return target
+
+
+def test_rules_are_written_beside_others(
+    folder: Path, decoder: SpecExitDecoder, source: random.Random, rng: torch.Generator
+) -> None:
+    traces = random_traces(decoder, source, "p", 120)
+    signals = telling(decoder, traces, rng, 0.3)
+
+    def run(level: float | None) -> Calibration:
+        return calibrate(decoder, traces, signals=signals, max_loss=0.1, confidence_level=level, **QUICK)
+
+    def read() -> Any:
+        return load_draft(folder, embedding=decoder.model.get_input_embeddings()).calibration
+
+    result = run(0.9)
+    assert result.certified is not None
+    assert write(result, folder) == ["10-percent", "10-percent-estimated"]
+    assert (read()["default"], read()["rules"]["10-percent"]["confidence_level"]) == ("10-percent", 0.9)
+    assert ExitConfig.from_draft(read()) == result.certified.exit
+    assert write(run(None), folder, "mine") == ["mine"]
+    assert (list(read()["rules"]), read()["default"]) == (["10-percent", "10-percent-estimated", "mine"], "10-percent")
+    assert write(run(None), folder, "mine", default=True) == ["mine"]
+    assert (read()["default"], read()["rules"]["mine"]["kind"]) == ("mine", "estimated")
+    used = SpecExitDecoder.from_pretrained(bundled_pair().base, folder, dtype=torch.float32, device="cpu")
+    assert used.exit == run(None).estimated.exit  # type: ignore[union-attr]
+    assert (default_name(0.01, 0.0), default_name(0.005, 0.7)) == ("1-percent", "0.5-percent-at-0.7")
+
+
+def save(path: Path, traces: list[Trace], **header: Any) -> Path:
+    with TraceFile(path, header) as file:
+        for trace in traces:
+            file.append(trace)
+    return path
+
+
+def test_files_of_traces_must_go_together(tmp_path: Path, decoder: SpecExitDecoder) -> None:
+    traces = random_traces(decoder, random.Random(0), "p", 2)
+    one = save(tmp_path / "one", traces[:1], base="a", sampling={"temperature": 0.0, "seed": 1})
+    two = save(tmp_path / "two", traces[1:], base="a", sampling={"temperature": 0.0, "seed": 2})
+    header, every = read_all([one, two])
+    assert (header["base"], every) == ("a", traces)
+    with pytest.raises(ValueError, match=r"traces must be of one temperature, were of 0.0 and 0.7"):
+        read_all([one, save(tmp_path / "hot", traces[1:], base="a", sampling={"temperature": 0.7})])
+    with pytest.raises(ValueError, match="traces must be of one base, were of a and b"):
+        read_all([one, save(tmp_path / "other", traces[1:], base="b")])
+
+
+def test_command(
+    folder: Path, tmp_path: Path, decoder: SpecExitDecoder, source: random.Random, capsys: pytest.CaptureFixture[str]
+) -> None:
+    traces = save(tmp_path / "cal.jsonl", random_traces(decoder, source, "p", 24))
+    common = ["calibrate", "--model", str(bundled_pair().base), "--draft", str(folder), "--device", "cpu"]
+    own = [*common, "--traces", str(traces), "--smoothing", "ewma", "--source", "output"]
+    assert main([*own, "--signals", str(tmp_path / "s"), "--max-loss", "0.9", "--confidence-level", "0.5"]) == 0
+    assert "certified" in capsys.readouterr().out
+    assert (tmp_path / "s").is_file()
+    written = (folder / "calibration.json").read_text()
+    assert main([*own, "--signals", str(tmp_path / "s"), "--dry-run"]) == 1
+    assert "takes about 499 problems" in capsys.readouterr().err
+    assert (folder / "calibration.json").read_text() == written
+    assert main([*own, "--max-loss", "0.5", "--estimate", "--name", "guess", "--default"]) == 0
+    assert json.loads((folder / "calibration.json").read_text())["default"] == "guess"
+    other = save(tmp_path / "other.jsonl", random_traces(decoder, source, "q", 2), base="0")
+    for wrong, message in (
+        ([*common, "--traces", str(tmp_path / "none")], "there is no file"),
+        ([*common, "--traces", str(other)], "made with another one"),
+        ([*common[:3], "--draft", str(traces), "--traces", str(traces)], "--draft must be a folder"),
+        ([*common, "--traces", str(other), "--signals", str(tmp_path)], "--signals must be a file"),
+    ):
+        assert main(wrong) == 2
+        assert message in capsys.readouterr().err
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "training": {"base": "0" * 64}}))
+    assert main(own) == 2
+    assert "trained for another" in capsys.readouterr().err
+
+
+def test_ablation(
+    tmp_path: Path,
+    decoder: SpecExitDecoder,
+    source: random.Random,
+    rng: torch.Generator,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    calibration = random_traces(decoder, source, "c", 30)
+    test = random_traces(decoder, source, "t", 25)
+    signals = telling(decoder, calibration, rng, 1.0), telling(decoder, test, rng, 1.0)
+    monkeypatch.setattr(decoder, "tree", TreeConfig.chain(3))
+    result = ablate(decoder, calibration, test, signals=signals, losses=(0.1,), timed=2)
+    result = json.loads(json.dumps(result))
+    rows = {(row["part"], row["name"]): row for row in result["rules"]}
+    whole, best = rows["reference", "full thinking"]["test"], rows["reference", "oracle"]["test"]
+    lengths = sum(len(t.thinking) for t in test) / 25, sum(t.sufficient for t in test) / 25
+    assert (whole["tokens"], best["tokens"]) == (pytest.approx(lengths[0]), pytest.approx(lengths[1]))
+    assert (whole["accuracy"], best["loss"]) == (1.0, 0.0)
+    assert sum(part == "signals" for part, _ in rows) == 7
+    assert {name for part, name in rows if part == "smoothing"} == {"none", "ewma", "window", "momentum"}
+    assert {name for part, name in rows if part == "placement"} == {"fc", "output"}
+    everything = rows["everything", "best of all"]
+    for (part, _), row in rows.items():  # what is chosen among more cuts no less, where it was chosen
+        if row["exit"] is not None and row["allowed_loss"] is not None:
+            assert row["calibration"]["loss"] <= 0.1 + 1e-9
+            if part != "everything":
+                assert row["calibration"]["tokens"] >= everything["calibration"]["tokens"] - 1e-9
+    _, table = signal_table(decoder, test, signals[1])
+    config = ExitConfig(**everything["exit"])
+    assert everything["test"] == table.boundaries.score(table.first(config).unsqueeze(0)).of(0)
+    assert result["sensitivity"][0]["tokens"] == everything["test"]["tokens"]
+    assert len(result["auroc"]) == table.boundaries.most
+    assert {row["way"] for row in result["wall_clock"]} >= {"full thinking", "exit without speculation"}
+    assert rows["boundaries", "ends of sentences"]["test"] is None
+    text = markdown(result)
+    assert all(name in text for _, name in rows)
+    assert draw(result).startswith(b"\x89PNG")
+    with pytest.raises(ValueError, match="both hold 'c0'"):
+        ablate(decoder, calibration, calibration, signals=signals)
+
+
+def test_ablation_command(
+    folder: Path, tmp_path: Path, decoder: SpecExitDecoder, source: random.Random, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = [save(tmp_path / name, random_traces(decoder, source, name, 6)) for name in ("c", "t")]
+    own = ["train", "ablate", "--model", str(bundled_pair().base), "--draft", str(folder), "--device", "cpu"]
+    own += ["--calibration", str(files[0]), "--test", str(files[1]), "--output", str(tmp_path / "out")]
+    assert main([*own, "--max-loss", "1", "--keep-signals"]) == 0
+    assert {file.name for file in (tmp_path / "out").iterdir()} >= {"ablation.json", "ablation.md", "test.safetensors"}
+    assert "## Signals" in capsys.readouterr().out
+    assert main([*own[:-1], str(files[0])]) == 2
+    assert "--output must be a folder" in capsys.readouterr().err
+
+
+def test_auroc(rng: torch.Generator) -> None:
+    for _ in range(20):
+        scores = torch.randint(0, 6, (30,), generator=rng).float()
+        positive = torch.rand(30, generator=rng) < 0.4
+        if positive.all() or not positive.any():
+            continue
+        pairs = scores[positive][:, None] - scores[~positive]
+        expected = ((pairs > 0).double() + 0.5 * (pairs == 0)).mean().item()
+        assert auroc(scores, positive) == pytest.approx(expected)
+    assert auroc(torch.ones(3), torch.ones(3).bool()) is None
+    assert auroc(torch.zeros(0), torch.zeros(0).bool()) is None
