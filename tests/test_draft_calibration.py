@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from specexit import ExitConfig, SpecExitDecoder, bundled_pair, load_draft, save_draft
 from specexit.drafts.calibration import from_thresholds, read_calibration, write_calibration
 from specexit.drafts.checkpoint import fingerprint_of, saved_fingerprint
-from specexit.fingerprint import base_fingerprint
+from specexit.identity import fingerprint
 
 EXIT = {"confidence": 0.4, "progress": None, "remaining": 12.5, "smoothing": "window", "window": 4, "source": "fc"}
 
@@ -36,7 +36,7 @@ def folder(tmp_path: Path) -> Path:
 def content(base: Any, folder: Path, **changes: Any) -> dict[str, Any]:
     rule = {"exit": EXIT, "kind": "certified", "temperature": 0.0, "max_loss": 0.01, "confidence_level": 0.95}
     rules = {"mine": {**rule, "evidence": {}}, "other": {"exit": {}, "kind": "estimated"}}
-    marks = {"base": base_fingerprint(base), "draft": saved_fingerprint(folder)}
+    marks = {"base": fingerprint(base), "draft": saved_fingerprint(folder)}
     return {"version": 1, "default": "mine", "rules": rules, **marks, **changes}
 
 
@@ -140,15 +140,3 @@ def test_another_base_is_refused_unless_a_rule_is_given(folder: Path, base: Any)
         pair.base, folder, dtype=torch.float32, device="cpu", exit=ExitConfig.off()
     )
     assert decoder.exit == ExitConfig.off()
-
-
-def test_fingerprint_of_a_base(base: Any) -> None:
-    before = base_fingerprint(base)
-    assert base_fingerprint(base.to(torch.bfloat16)) == before  # it was stored so
-    base.to(torch.float32)
-    with torch.no_grad():
-        base.lm_head.weight[0, 3] += 1
-    assert base_fingerprint(base) != before
-    with torch.no_grad():
-        base.lm_head.weight[0, 3] -= 1
-    assert base_fingerprint(base) == before

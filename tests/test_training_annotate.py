@@ -21,10 +21,10 @@ from transformers import PreTrainedTokenizerFast
 
 from specexit import ExitConfig, SpecExitDecoder, bundled_pair
 from specexit.cli import main
+from specexit.identity import fingerprint
 from specexit.training.annotate import NothingUsable, annotate
 from specexit.training.annotator import Annotator
 from specexit.training.answers import Found
-from specexit.training.identity import fingerprint
 from specexit.training.problems import Problem, read_problems
 from specexit.training.records import Trace, read_traces
 from specexit.training.sample import seed_of

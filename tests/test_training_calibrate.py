@@ -258,7 +258,7 @@ def test_command(
     other = save(tmp_path / "other.jsonl", random_traces(decoder, source, "q", 2), base="0")
     for wrong, message in (
         ([*common, "--traces", str(tmp_path / "none")], "there is no file"),
-        ([*common, "--traces", str(other)], "made with another one"),
+        ([*common, "--traces", str(other)], "is of another base"),
         ([*common[:3], "--draft", str(traces), "--traces", str(traces)], "--draft must be a folder"),
         ([*common, "--traces", str(other), "--signals", str(tmp_path)], "--signals must be a file"),
     ):

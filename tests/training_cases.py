@@ -9,7 +9,7 @@ import torch
 from tiny_models import VOCAB
 from torch import nn
 
-from specexit.training.identity import fingerprint
+from specexit.identity import fingerprint
 from specexit.training.records import Trace, TraceFile, sufficient_length
 
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from specexit.drafts.base import Draft
 from specexit.exit import ExitConfig, markers_for, rules_for
-from specexit.fingerprint import base_fingerprint
+from specexit.identity import fingerprint
 from specexit.thinking import Markers, Tokenizer, count_thinking_tokens, is_thinking
 from specexit_kernels import ExitRules
 from specexit_kernels.state import SIGNALS
@@ -129,7 +129,7 @@ class ExitPlanner:
         calibration = self.draft.calibration
         if calibration.get("rules"):
             made_with = calibration.get("base")
-            if base is not None and made_with is not None and made_with != base_fingerprint(base):
+            if base is not None and made_with is not None and made_with != fingerprint(base):
                 raise ValueError(
                     "the draft's calibration.json was made with another base than this one: calibrate for this base,"
                     " or give a rule of your own as exit="

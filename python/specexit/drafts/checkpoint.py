@@ -32,7 +32,7 @@ from specexit.drafts.calibration import CALIBRATION, read_calibration
 from specexit.drafts.eagle3 import Eagle3Draft, embedding_table
 from specexit.drafts.eagle3_config import Eagle3Config, Source
 from specexit.drafts.tensor_files import WEIGHTS, read_tensors, resolve
-from specexit.fingerprint import draft_fingerprint
+from specexit.identity import draft_fingerprint
 
 EMBEDDING = "embed_tokens.weight"
 IGNORED = ("verifier_norm.weight", "verifier_lm_head.weight")  # speculators: the base's, used in training only

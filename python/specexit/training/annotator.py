@@ -17,8 +17,8 @@ from specexit import checks
 from specexit.decoder import SpecExitDecoder
 from specexit.exit import ExitConfig, rules_for
 from specexit.generation import ids_of
+from specexit.identity import fingerprint, tokenizer_fingerprint
 from specexit.training.answers import Extractor, Found, by_name, name_of
-from specexit.training.identity import fingerprint, tokenizer_fingerprint
 from specexit.training.probe import Branch, Prober
 from specexit.training.records import Trace, sufficient_length
 from specexit.training.texts import CUT, NO_ANSWER, Text, reply_ids

@@ -23,7 +23,7 @@ from specexit.decoder import SpecExitDecoder
 from specexit.drafts.calibration import FIELDS, KINDS, VERSION, read_calibration, write_calibration
 from specexit.drafts.checkpoint import saved_fingerprint
 from specexit.exit import ExitConfig
-from specexit.fingerprint import base_fingerprint
+from specexit.identity import check_base, check_tokenizer, fingerprint
 from specexit.training.grid import SMOOTHINGS, Rules, grid, readouts
 from specexit.training.learn_then_test import TUNING_SHARE, learn_then_test, problems_needed, split
 from specexit.training.records import Trace, read_traces
@@ -170,7 +170,7 @@ def calibrate(
         tested_on=tested_on,
         needed=needed,
         left_out=len(traces) - len(sound),
-        base=base_fingerprint(decoder.model),
+        base=fingerprint(decoder.model),
     )
 
 
@@ -198,14 +198,14 @@ def temperature_of(header: Mapping[str, Any]) -> float:
 
 
 def check_models(header: Mapping[str, Any], decoder: SpecExitDecoder) -> None:
-    """Raise ValueError where a file of traces, or the draft, was made with another base."""
-    base = base_fingerprint(decoder.model)
-    if header.get("base", base) != base:
-        raise ValueError("traces must be of this base, were made with another one: annotate with this base")
-    config = getattr(decoder.draft, "config", None)
-    training = getattr(config, "extra", {}).get("training")
-    if isinstance(training, Mapping) and training.get("base", base) != base:
-        raise ValueError("draft must be one for this base, was trained for another one: fit one for this base")
+    """Raise ValueError where a file of traces, or the draft, was made with another base or tokenizer."""
+    if "base" in header:
+        check_base(str(header["base"]), decoder.model, "the file of traces")
+    if "tokenizer" in header and decoder.tokenizer is not None:
+        check_tokenizer(str(header["tokenizer"]), decoder.tokenizer, "the file of traces")
+    training = getattr(getattr(decoder.draft, "config", None), "extra", {}).get("training")
+    if isinstance(training, Mapping) and "base" in training:
+        check_base(str(training["base"]), decoder.model, "the draft")
 
 
 def signal_table(

@@ -25,10 +25,10 @@ from transformers import PreTrainedModel
 
 from specexit.base import BaseModel
 from specexit.drafts import Eagle3Draft
+from specexit.identity import check_base, fingerprint
 from specexit.training import checkpoint, drafting
 from specexit.training.data import BaseReader, Cache, Example, Selection, collate, order, select
 from specexit.training.fit_config import FitConfig
-from specexit.training.identity import check_base, fingerprint
 from specexit.training.losses import Balance
 from specexit.training.objective import Losses, Objective, summary
 from specexit.training.output import Log, finished, write_draft

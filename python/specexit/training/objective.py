@@ -62,8 +62,10 @@ class Objective:
         return {name: p for name, p in named.items() if self.output or name not in _EXIT_HEAD}
 
     def gradient_groups(self) -> list[list[Tensor]]:
-        """Gradients that are clipped together: of the token part, of the exit head, of the signals' rows of fc. Those of
-        a signal's rows are large where its own loss is, which is no reason to learn less of the tokens."""
+        """Gradients that are clipped together: of the token part, of the exit head, of the signals' rows of fc.
+
+        Those of a signal's rows are large where its own loss is, which is no reason to learn less of the tokens.
+        """
         H = self.draft.config.hidden_size
         tokens: list[Tensor] = []
         head: list[Tensor] = []

@@ -28,7 +28,7 @@ from specexit.drafts.base import Draft, DraftBatch
 from specexit.drafts.checkpoint import fingerprint_of
 from specexit.drafts.eagle3 import Eagle3Draft
 from specexit.engine import round_up, slot_bucket
-from specexit.fingerprint import base_fingerprint
+from specexit.identity import fingerprint
 from specexit.prefill import CHUNK
 from specexit.training.records import Trace
 
@@ -69,7 +69,7 @@ class RecordedSignals:
     def check_models(self, base: BaseModel, draft: Draft) -> None:
         """Raise ValueError where they were read with another base or another draft."""
         for what, had, now in (
-            ("base", self.base, base_fingerprint(base.model)),
+            ("base", self.base, fingerprint(base.model)),
             ("draft", self.draft, _draft_fingerprint(draft)),
         ):
             if had != now:
@@ -161,7 +161,7 @@ def record_signals(
                 if progress is not None:
                     progress(sum(len(traces[i].thinking) for i in chosen))
         draft.select_source("auto")
-    prints = trace_fingerprint(traces), base_fingerprint(base.model), _draft_fingerprint(draft)
+    prints = trace_fingerprint(traces), fingerprint(base.model), _draft_fingerprint(draft)
     return RecordedSignals(raw, names, offsets, *prints)
 
 

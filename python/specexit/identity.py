@@ -1,6 +1,7 @@
-"""What tells one base, and one tokenizer, from another: traces, drafts and thresholds belong to one of each.
+"""What tells one base, one draft and one tokenizer from another: traces, drafts and thresholds belong to one of each.
 
-A fingerprint is short enough for a file's header and takes a moment to compute: it reads a few values of every weight.
+A fingerprint is short enough for a file's header, and the same in whatever precision and on whatever device the weights
+are: values are rounded to bfloat16.
 """
 
 from __future__ import annotations
@@ -11,25 +12,37 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from specexit.thinking import Tokenizer
 
-VALUES = 64  # of every parameter: a training step changes them all
+VALUES = 64  # of every parameter of a base: a training step changes them all
 
 
 def fingerprint(model: nn.Module) -> str:
-    """Of a model's weights: their names, shapes and first values, tied ones once.
-
-    Values are rounded to bfloat16, so that a checkpoint has one fingerprint in whatever precision it is loaded.
-    """
+    """Of a base's weights: their names, shapes and first values, tied ones once. A few kilobytes are read."""
     digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):
         first = parameter.detach().reshape(-1)[:VALUES]
-        if first.is_floating_point():
-            first = first.bfloat16().view(torch.int16)
+        if first.is_floating_point():  # quantised weights are integers
+            first = _bits(first)
         digest.update(f"{name} {list(parameter.shape)} {first.tolist()}\n".encode())
     return digest.hexdigest()
+
+
+def draft_fingerprint(tensors: Mapping[str, Tensor]) -> str:
+    """Of a draft's tensors by their names in the file: every value counts, rounded to bfloat16.
+
+    A draft may be fitted again in a few rows alone, those of its signals, so the first values would not do. Beside them
+    go the sum of all values' bits, and of each times its place: integers, so no order of summing shows.
+    """
+    content = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        values = _bits(tensor.detach().reshape(-1)).long()
+        place = torch.arange(1, len(values) + 1, device=values.device)
+        sums = int(values.sum()), int((values * place).sum())  # int64 wraps around, everywhere alike
+        content.update(f"{name} {list(tensor.shape)} {sums} ".encode())
+    return content.hexdigest()
 
 
 def tokenizer_fingerprint(tokenizer: Tokenizer) -> str:
@@ -61,3 +74,7 @@ def check_header(header: Mapping[str, Any], model: nn.Module, tokenizer: Tokeniz
 def _check(recorded: str, found: str, what: str, kind: str) -> None:
     if recorded != found:
         raise ValueError(f"{what} is of another {kind}: made with {recorded[:12]}, this one is {found[:12]}")
+
+
+def _bits(values: Tensor) -> Tensor:
+    return values.to(torch.bfloat16).contiguous().view(torch.int16)

@@ -8,7 +8,7 @@ from tiny_models import tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from specexit import bundled_pair
-from specexit.training.identity import (
+from specexit.identity import (
     check_base,
     check_header,
     check_tokenizer,
