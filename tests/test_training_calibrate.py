@@ -267,7 +267,7 @@ def test_command(
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "training": {"base": "0" * 64}}))
     assert main(own) == 2
-    assert "trained for another" in capsys.readouterr().err
+    assert "the draft is of another base" in capsys.readouterr().err
 
 
 def test_ablation(

@@ -201,6 +201,17 @@ def test_signals_only_leaves_the_tokens_alone(placement, dtype, model, traces, t
     assert "tokens" not in lines[0]
 
 
+def test_an_old_head_that_is_not_trained_stays_too(model, traces, tmp_path, rng):
+    tensors = random_tensors(INIT | {"exit_head": {}}, rng, torch.bfloat16)
+    tensors["exit_head.weight"] = tensors["exit_head.weight"].float() * 1.00001  # needs all of float32
+    tensors["exit_head.bias"] = tensors["exit_head.bias"].float()
+    init = write_checkpoint(tmp_path / "init", INIT | {"exit_head": {}}, tensors)
+    run(model, traces, tmp_path / "new", init=init, signals_only=True, placement="fc")
+    new = load_file(tmp_path / "new" / "model.safetensors")
+    for name, tensor in tensors.items():
+        assert torch.equal(new[name][: len(tensor)], tensor.float()), name
+
+
 def test_signals_only_learns(model, tmp_path, rng):
     path = write_traces(tmp_path / "t.jsonl", model, [random_trace(rng, name=str(i)) for i in range(4)])
     init = write_init(tmp_path / "init", rng)

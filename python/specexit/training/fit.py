@@ -303,17 +303,15 @@ class _Run:
             return getattr(torch, self.config.save_dtype)
         if not self.config.signals_only:
             return torch.bfloat16
-        return narrowest(self.draft, apart=("exit_weight", "exit_bias"))
+        return narrowest(self.objective.untouched())
 
 
-def narrowest(draft: Eagle3Draft, apart: tuple[str, ...]) -> torch.dtype:
-    """The narrowest dtype that holds every weight of the token part."""
-    H = draft.config.hidden_size
-    weights = [p[:H] if name == "fc_weight" else p for name, p in draft.named_parameters() if name not in apart]
+def narrowest(weights: list[Tensor]) -> torch.dtype:
+    """The narrowest dtype that holds every one of them."""
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         if all(torch.equal(weight.to(dtype).to(weight.dtype), weight) for weight in weights):
             return dtype
-    return draft.fc_weight.dtype
+    return torch.float64
 
 
 def target_ids(draft: Eagle3Draft) -> Tensor | None:

@@ -29,7 +29,7 @@ from torch.utils.checkpoint import checkpoint
 
 from specexit_kernels.state import SIGNALS
 
-HELD_LOGITS = 2**27  # that are held at once; more are computed again for the gradient
+HELD_LOGITS = 2**25  # that a step may keep for the gradient; where there are more they are made again for it
 
 
 def token_loss(hidden: Tensor, lm_head: Tensor, targets: Tensor, weights: Tensor, held: int = HELD_LOGITS) -> Tensor:
@@ -39,7 +39,7 @@ def token_loss(hidden: Tensor, lm_head: Tensor, targets: Tensor, weights: Tensor
     lm_head  [Vd, H]
     targets  [N, Vd]: the base's logits of the draft's ids
     weights  [N]; rows with 0 cost nothing
-    held     logits that are held at once
+    held     logits that may be kept, see HELD_LOGITS
     """
     rows = weights.nonzero().squeeze(1)
     hidden, targets, weights = hidden[rows], targets[rows], weights[rows]

@@ -53,19 +53,21 @@ class Objective:
     def parameters(self) -> dict[str, nn.Parameter]:
         """Those that are trained; of fc_weight maybe its last rows alone, the others getting no gradient."""
         named = dict(self.draft.named_parameters(recurse=False))  # an embedding of the draft's own stays as it is
-        if self.signals_only:
-            return (
-                {name: p for name, p in named.items() if (self.fc if name == "fc_weight" else name in _EXIT_HEAD)}
-                if self.output
-                else {"fc_weight": named["fc_weight"]}
-            )
-        return {name: p for name, p in named.items() if self.output or name not in _EXIT_HEAD}
+        tokens = named.keys() - set(_EXIT_HEAD)
+        trained = {"fc_weight"} if self.fc else set()
+        trained |= set(_EXIT_HEAD) if self.output else set()
+        trained |= set() if self.signals_only else tokens
+        return {name: parameter for name, parameter in named.items() if name in trained}
+
+    def untouched(self) -> list[Tensor]:
+        """Weights that are to stay as they are."""
+        trained, draft = self.parameters(), self.draft
+        rows = [draft.fc_weight[: draft.config.hidden_size]] if self.signals_only and "fc_weight" in trained else []
+        return rows + [parameter for name, parameter in draft.named_parameters() if name not in trained]
 
     def gradient_groups(self) -> list[list[Tensor]]:
-        """Gradients that are clipped together: of the token part, of the exit head, of the signals' rows of fc.
-
-        Those of a signal's rows are large where its own loss is, which is no reason to learn less of the tokens.
-        """
+        """Gradients that are clipped together: of the token part, of the exit head, of the signals' rows of fc. Those
+        of a signal's rows are large where its own loss is, which is no reason to learn less of the tokens."""
         H = self.draft.config.hidden_size
         tokens: list[Tensor] = []
         head: list[Tensor] = []

@@ -60,7 +60,10 @@ class Unroll:
         Padding behind a text is invisible to its rows.
         """
         draft, H = self.draft, self.draft.config.hidden_size
-        hidden = F.linear(features.to(draft.fc_weight.dtype), draft.fc_weight[:H]).to(draft.fc_weight.dtype)
+        weight = draft.fc_weight[:H]
+        if not torch.is_autocast_enabled(features.device.type):
+            features = features.to(weight.dtype)
+        hidden = F.linear(features, weight).to(weight.dtype)
         keys: list[Tensor] = []
         values: list[Tensor] = []
         normed: list[Tensor] = []
@@ -101,6 +104,8 @@ class Unroll:
 def fc_signals(draft: Eagle3Draft, features: Tensor) -> Tensor:
     """Raw signals [B, R, S] of fc; never in less than float32, as `project_features` has them."""
     rows = draft.fc_weight[draft.config.hidden_size :]
+    if not len(rows):
+        return features.new_empty(*features.shape[:-1], 0, dtype=torch.float32)
     with torch.autocast(features.device.type, enabled=False):
         return F.linear(features.to(rows.dtype), rows).float()
 
