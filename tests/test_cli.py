@@ -15,13 +15,14 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from specexit import ExitConfig, bundled_pair
+from specexit import ExitConfig, bundled_pair, load_problems
 from specexit.cli import main
 from specexit.cli.comparison import Comparison, is_correct, until_end
 from specexit.cli.console import RunFailed, write_whole
 from specexit.cli.plot import SignalCurves, draw_signals
 from specexit.cli.stream import ThinkingStreamer
 from specexit.drafts.calibration import from_thresholds
+from specexit_kernels.state import SIGNALS
 
 CHAT = "a = 5 3 ; b = a - 9 ; c = b + 4 ; c ?"
 NAMES = ("confidence", "progress", "remaining")
@@ -75,7 +76,9 @@ def test_the_package_runs_as_a_module() -> None:
         (["demo", "--device", "gpu"], "--device must be cpu, cuda or cuda:1 and so on, was gpu"),
         (["demo", "--device", "cuda:99"], "--device cuda:99 is not there"),
         (["generate", "--chat", "x", "--prompt", "y"], "give --prompt or --chat, not both"),
-        (["generate", "--chat", "x", "--release", "--no-exit"], "give --release or --no-exit, not both"),
+        (["generate", "--chat", "x", "--release", "--no-exit"], "give one of --rule, --release and --no-exit"),
+        (["generate", "--chat", "x", "--release", "--rule", "a"], "give one of --rule, --release and --no-exit"),
+        (["generate", "--chat", "x", "--rule", "half"], "rule must be one of no_loss, one_point, was 'half'"),
         (["generate", "--chat", " "], "the prompt is empty"),
         (["generate", "--chat", "a\udcff"], "the prompt is not valid UTF-8"),
         (["generate", "--chat", "x", "--trace", "-"], "--trace must be a file"),
@@ -422,6 +425,17 @@ def test_info(capsys: pytest.CaptureFixture[str]) -> None:
     assert torch.__version__ in out
     for op in report["implementations"]:
         assert op in out
+
+
+def test_generate_takes_a_calibrated_rule_by_name(tmp_path: Path) -> None:
+    calibration = from_thresholds(json.loads((bundled_pair().draft / "config.json").read_text())["exit_head"])
+    for name in calibration["rules"]:
+        trace = tmp_path / name
+        question = load_problems("test")[0].question
+        assert main(["generate", "--chat", question, "--rule", name, "--trace", str(trace), "--device", "cpu"]) == 0
+        rule = json.loads(trace.read_text())["rule"]
+        wanted = ExitConfig.from_draft(calibration, name)
+        assert {key: rule.get(key) for key in SIGNALS} == {key: getattr(wanted, key) for key in SIGNALS}
 
 
 def test_the_rule_of_a_draft_is_read_from_its_config() -> None:

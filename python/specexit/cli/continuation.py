@@ -141,6 +141,8 @@ def exit_rule(request: Request, decoder: SpecExitDecoder) -> ExitConfig:
     """The rule that the request starts from, changed as it says."""
     changes = dict(request.rule_changes)
     rule = ExitConfig.release() if request.rule == "release" else draft_rule(decoder)
+    if request.rule_name is not None:
+        rule = ExitConfig.from_draft({} if decoder.draft is None else decoder.draft.calibration, request.rule_name)
     if request.rule == "off" and request.trace and rule.enabled:
         rule = watching(rule)
     elif request.rule == "off":

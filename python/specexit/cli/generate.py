@@ -22,7 +22,8 @@ class Request:
     loading       device, dtype, capacity, allow_pickle of `SpecExitDecoder.from_pretrained`
     decoding      arguments of `SpecExitDecoder.generate`
     tree          fields of `TreeConfig`
-    rule          where the exit rule comes from: the draft's own, the release's, or none
+    rule          where the exit rule comes from: the draft, the release, or none
+    rule_name     which of the draft's calibrated rules; None: its default
     rule_changes  fields of `ExitConfig` that replace the rule's
     trace         whether the signals are wanted; without exit they would not be read otherwise
     """
@@ -35,6 +36,7 @@ class Request:
     decoding: dict[str, Any]
     tree: dict[str, Any]
     rule: Literal["draft", "release", "off"]
+    rule_name: str | None
     rule_changes: dict[str, Any]
     trace: bool
 
@@ -119,6 +121,12 @@ def generate(
     no_exit: Annotated[
         bool, typer.Option("--no-exit", help="Let the model finish thinking.", rich_help_panel=_EXIT)
     ] = False,
+    rule: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME", help="One of the draft's calibrated rules; its default if not given.", rich_help_panel=_EXIT
+        ),
+    ] = None,
     release: Annotated[
         bool,
         typer.Option(
@@ -215,8 +223,8 @@ def generate(
         raise ValueError("give --prompt or --chat, not both")
     if trace == STANDARD_OUTPUT:
         raise ValueError("--trace must be a file: stdout is for the text")
-    if release and no_exit:
-        raise ValueError("give --release or --no-exit, not both")
+    if release + no_exit + (rule is not None) > 1:
+        raise ValueError("give one of --rule, --release and --no-exit")
     signals = thresholds(confidence=confidence, progress=progress, remaining=remaining)
     changes = signals | given(
         smoothing=smoothing,
@@ -250,6 +258,7 @@ def generate(
         ),
         tree=given(nodes=tree_nodes, depth=tree_depth, top_k=tree_top_k),
         rule="off" if no_exit else "release" if release else "draft",
+        rule_name=rule,
         rule_changes=changes,
         trace=trace is not None,
     )
