@@ -55,7 +55,7 @@ def traces(model: PreTrainedModel, tmp_path: Path, rng: torch.Generator) -> Path
     return write_traces(tmp_path / "traces.jsonl", model, [random_trace(rng, name=str(i)) for i in range(9)])
 
 
-def run(model: PreTrainedModel, traces: Path, output: Path, **options: Any) -> FitResult:
+def run(model: PreTrainedModel, traces: Path | list[Path], output: Path, **options: Any) -> FitResult:
     return fit(model, traces, output, FitConfig(**(FAST | options)))
 
 
@@ -152,6 +152,21 @@ def test_seeds_and_the_cache(model, traces, tmp_path):
     a, b, c = (load_file(tmp_path / name / "model.safetensors") for name in "abc")
     assert all(torch.equal(a[name], b[name]) for name in a)
     assert not torch.equal(a["fc.weight"], c["fc.weight"])
+
+
+def test_several_files_are_one(model, tmp_path, rng):
+    traces = [random_trace(rng, name=str(i)) for i in range(6)]
+    whole = write_traces(tmp_path / "whole.jsonl", model, traces)
+    parts = [write_traces(tmp_path / f"{n}.jsonl", model, part) for n, part in enumerate((traces[:4], traces[4:]))]
+    for name, files in {"a": whole, "b": parts}.items():
+        run(model, files, tmp_path / name)
+    a, b = (load_file(tmp_path / name / "model.safetensors") for name in "ab")
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    other = write_traces(tmp_path / "other.jsonl", tiny_model("llama", seed=1), traces)
+    with pytest.raises(ValueError, match=r"traces must be of one base, were of .* in .*whole.jsonl and of .*other"):
+        run(model, [whole, other], tmp_path / "c")
+    with pytest.raises(ValueError, match="traces must be one file or several, were none"):
+        run(model, [], tmp_path / "c")
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
@@ -552,7 +567,7 @@ def test_the_command_trains_and_tells(model, traces, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--traces", "none.jsonl"], "--traces must be a file of annotated traces, there is none at none.jsonl"),
+        (["--traces", "none.jsonl"], "--traces: there is no file none.jsonl"),
         (["--output", __file__], "--output must be a folder"),
         (["--signals-only"], "--signals-only must come with --init"),
         (["--steps", "0"], "--steps"),

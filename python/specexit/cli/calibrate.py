@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from specexit.cli.console import RunFailed, note, require_writable, stderr, stdout
+from specexit.cli.console import RunFailed, note, require_files, require_writable, stderr, stdout
 
 if TYPE_CHECKING:
     from specexit import SpecExitDecoder
@@ -86,13 +86,6 @@ def calibrate(
         note(f"{draft / 'calibration.json'}: {', '.join(written)}")
     if result.why_none is not None:
         raise RunFailed(result.why_none)
-
-
-def require_files(paths: list[Path], option: str) -> None:
-    """Raise ValueError for one that is not there."""
-    for path in paths:
-        if not path.is_file():
-            raise ValueError(f"{option}: there is no file {path}")
 
 
 def load_for_traces(model: str, draft: Path, header: Mapping[str, Any], device: str | None) -> SpecExitDecoder:

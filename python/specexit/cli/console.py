@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 from rich.console import Console
@@ -47,6 +48,13 @@ def report_error(message: object, status: int, hint: bool = False) -> int:
 def note(message: str) -> None:
     """A remark on stderr, which keeps stdout for the result."""
     stderr().print(message, style="dim", markup=False, soft_wrap=True)
+
+
+def require_files(paths: Iterable[Path], option: str) -> None:
+    """Raise ValueError for one that is not there."""
+    for path in paths:
+        if not path.is_file():
+            raise ValueError(f"{option}: there is no file {path}")
 
 
 def require_writable(path: Path | None, option: str) -> None:

@@ -9,8 +9,8 @@ from typing import Annotated
 
 import typer
 
-from specexit.cli.calibrate import load_for_traces, recorded, require_files
-from specexit.cli.console import note, stdout, write_whole
+from specexit.cli.calibrate import load_for_traces, recorded
+from specexit.cli.console import note, require_files, stdout, write_whole
 
 
 def ablate(

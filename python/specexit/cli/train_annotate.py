@@ -9,7 +9,16 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from specexit.cli.console import STANDARD_OUTPUT, RunFailed, note, require_writable, stderr, stdout, write_whole
+from specexit.cli.console import (
+    STANDARD_OUTPUT,
+    RunFailed,
+    note,
+    require_files,
+    require_writable,
+    stderr,
+    stdout,
+    write_whole,
+)
 from specexit.cli.generate import given
 
 if TYPE_CHECKING:
@@ -138,9 +147,8 @@ def annotate(
             --temperature 0.6 --top-p 0.95 --samples 4 --max-new-tokens 16384 --answer-prefix 'Answer: \\boxed{'
         specexit train annotate --model ./base --problems math.jsonl --texts from-vllm.jsonl --output traces.jsonl
     """
-    for file, option in ((problems, "--problems"), (texts, "--texts")):
-        if file is not None and not file.is_file():
-            raise ValueError(f"{option}: there is no file {file}")
+    require_files([problems], "--problems")
+    require_files([] if texts is None else [texts], "--texts")
     if output == STANDARD_OUTPUT:
         raise ValueError("--output must be a file: a run that was killed goes on with it")
     require_writable(output, "--output")

@@ -12,7 +12,7 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from specexit.cli.console import RunFailed, note, stderr, stdout
+from specexit.cli.console import RunFailed, note, require_files, stderr, stdout
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -24,7 +24,9 @@ _DRAFT, _TRAINING, _RUN = "Draft", "Training", "Run"
 
 def fit(
     model: Annotated[str, typer.Option(metavar="PATH|HUB-ID", help="The base that the traces are of.")],
-    traces: Annotated[Path, typer.Option(metavar="FILE", help="What `specexit train annotate` has written.")],
+    traces: Annotated[
+        list[Path], typer.Option(metavar="FILE", help="What `specexit train annotate` has written; may be repeated.")
+    ],
     output: Annotated[
         Path, typer.Option(metavar="FOLDER", help="Gets the draft, and while it is trained the checkpoints.")
     ],
@@ -140,8 +142,7 @@ def fit(
         specexit train fit --model ./base --traces traces.jsonl --output draft --init ./eagle3 --signals-only
         specexit train fit --model ./base --traces traces.jsonl --output draft --init ./eagle3 --lr 1e-5 --steps 300
     """
-    if not traces.is_file():
-        raise ValueError(f"--traces must be a file of annotated traces, there is none at {traces}")
+    require_files(traces, "--traces")
     if output.exists() and not output.is_dir():
         raise ValueError(f"--output must be a folder, {output} is a file")
     _require_parent(output)

@@ -26,7 +26,7 @@ from specexit.exit import ExitConfig
 from specexit.identity import check_base, check_tokenizer, fingerprint
 from specexit.training.grid import SMOOTHINGS, Rules, grid, readouts
 from specexit.training.learn_then_test import TUNING_SHARE, learn_then_test, problems_needed, split
-from specexit.training.records import Trace, read_traces
+from specexit.training.records import Trace, read_trace_files
 from specexit.training.rules import Boundaries, Scores, SignalTable
 from specexit.training.signals import RecordedSignals, record_signals
 from specexit_kernels.state import SIGNALS
@@ -176,19 +176,10 @@ def calibrate(
 
 def read_all(paths: Sequence[str | os.PathLike[str]]) -> tuple[dict[str, Any], list[Trace]]:
     """The traces of several files, which must be of one base, at one temperature; the header is the first one's."""
-    headers, traces = zip(*(read_traces(path) for path in paths), strict=True)
-    for what, of in (
-        ("base", lambda header: header.get("base")),
-        ("tokenizer", lambda header: header.get("tokenizer")),
-        ("temperature", temperature_of),
-        ("extractor", lambda header: header.get("extractor")),
-        ("choice of boundaries", lambda header: header.get("markers")),
-    ):
-        values = [str(of(header)) for header in headers]
-        if len(set(values)) > 1:
-            raise ValueError(f"traces must be of one {what}, were of {' and '.join(dict.fromkeys(values))}")
-    every = [trace for part in traces for trace in part]
-    return dict(headers[0]), every
+    headers, traces = read_trace_files(paths, ("base", "tokenizer", "extractor", "markers"))
+    if len(found := {temperature_of(header) for header in headers}) > 1:
+        raise ValueError(f"traces must be of one temperature, were of {' and '.join(map(str, sorted(found)))}")
+    return headers[0], traces
 
 
 def temperature_of(header: Mapping[str, Any]) -> float:

@@ -14,7 +14,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -33,10 +33,11 @@ from specexit.training.losses import Balance
 from specexit.training.objective import Losses, Objective, summary
 from specexit.training.output import Log, finished, write_draft
 from specexit.training.processes import Processes, find_processes
-from specexit.training.records import Trace, read_traces
+from specexit.training.records import Trace, read_trace_files
 from specexit.training.schedule import Optimizer, clip_gradients, default_rate, rate_factor, unroll_depth
 from specexit_kernels.state import SIGNALS
 
+File = str | os.PathLike[str]
 BALANCE_EVERY = 10  # steps between two measurements of the gradients' norms
 
 
@@ -59,14 +60,14 @@ class FitResult:
 
 def fit(
     model: PreTrainedModel,
-    traces: str | os.PathLike[str],
+    traces: File | Sequence[File],
     output: str | os.PathLike[str],
     config: FitConfig | None = None,
     *,
     on_log: Callable[[Mapping[str, Any]], None] | None = None,
     processes: Processes | None = None,
 ) -> FitResult:
-    """Fit a draft to `model` on the traces of a file, and write it to the folder `output`.
+    """Fit a draft to `model` on the traces of a file, or several, and write it to the folder `output`.
 
     model      the base that the traces are of; it stays as it is
     on_log     is told every line of the log
@@ -78,7 +79,9 @@ def fit(
     config = config or FitConfig()
     base = BaseModel(model, None)
     processes = processes or find_processes(cpu=base.device.type == "cpu")
-    header, found = _read_traces(Path(traces), model)
+    paths: list[File] = [traces] if isinstance(traces, (str, os.PathLike)) else list(traces)
+    headers, found = read_trace_files(paths, ("base", "tokenizer", "markers"))
+    check_base(str(headers[0].get("base")), model, str(paths[0]))
     chosen = select(
         found,
         max_length=config.max_length,
@@ -88,14 +91,8 @@ def fit(
         vocab_size=base.vocab_size,
     )
     run = _Run(base, chosen, Path(output), config, processes, on_log or (lambda line: None))
-    run.identify(header, found)
+    run.identify(headers, found)
     return run.go()
-
-
-def _read_traces(path: Path, model: PreTrainedModel) -> tuple[dict[str, Any], list[Trace]]:
-    header, traces = read_traces(path)
-    check_base(str(header.get("base", "none")), model, str(path))
-    return header, traces
 
 
 class _Run:
@@ -135,7 +132,7 @@ class _Run:
             config.init, base, embedding, train, config.placement, config.signals_only, config.seed
         )
 
-    def identify(self, header: Mapping[str, Any], traces: list[Trace]) -> None:
+    def identify(self, headers: list[dict[str, Any]], traces: list[Trace]) -> None:
         """Note what the run is of: its settings, by which it is recognised, and what the draft's config will say."""
         settings = self.config.identity()
         self.settings: dict[str, Any] = {
@@ -149,7 +146,7 @@ class _Run:
             "base": self.settings["base"],
             "base_name": str(getattr(self.base.model.config, "_name_or_path", "")),
             "traces": self.settings["traces"],
-            "traces_header": hashlib.sha256(json.dumps(header, sort_keys=True).encode()).hexdigest(),
+            "traces_headers": hashlib.sha256(json.dumps(headers, sort_keys=True).encode()).hexdigest(),
             "examples": self.chosen.counts(),
             "settings": settings,
         }
