@@ -97,7 +97,7 @@ def fit(
             help="How hard each signal pulls at the draft's layer, as a share of what the tokens do.",
             rich_help_panel=_TRAINING,
         ),
-    ] = 0.25,
+    ] = 0.5,
     held_out: Annotated[
         float,
         typer.Option(min=0.0, max=1.0, help="Share of the problems that is only measured on.", rich_help_panel=_RUN),

@@ -54,7 +54,7 @@ class FitConfig:
     max_length: int = 2048
     held_out: float = 0.05
     boundary_weight: float = 4.0
-    signal_share: float = 0.25
+    signal_share: float = 0.5
     clip: float = 1.0
     seed: int = 0
     save_dtype: Literal["bfloat16", "float16", "float32"] | None = None
