@@ -334,6 +334,7 @@ def test_a_killed_run_ends_with_the_same_bits(model, traces, tmp_path):
 def check_same_files(folder: Path, whole: Path) -> None:
     names = ["config.json", "model.safetensors", "training.jsonl"]
     assert sorted(path.name for path in folder.iterdir()) == names
+    assert len({(folder / name).stat().st_mode for name in names}) == 1
     for name in names:
         assert (folder / name).read_bytes() == (whole / name).read_bytes(), name
 

@@ -52,6 +52,7 @@ def write_draft(draft: Eagle3Draft, output: Path, provenance: Mapping[str, Any],
     draft.config = replace(draft.config, extra={**draft.config.extra, PROVENANCE: dict(provenance)})
     temporary = output / ".draft"
     save_draft(draft.to(dtype), temporary)
+    shutil.copymode(temporary / "config.json", temporary / "model.safetensors")  # safetensors writes for its owner only
     for name in ("model.safetensors", "config.json"):
         (temporary / name).replace(output / name)
     shutil.rmtree(temporary)
