@@ -560,6 +560,7 @@ def test_the_command_trains_and_tells(model, traces, tmp_path, capsys):
     assert "losses of the exit head" in told.out
     load_draft(tmp_path / "draft", embedding=model.get_input_embeddings())
     assert main([*arguments, str(tmp_path / "draft"), *fast]) == 0
+    assert "2, all done before" in capsys.readouterr().out
     assert main([*arguments, str(tmp_path / "draft"), *fast, "--seed", "1"]) == 2
     assert "made with another seed: 0, now 1" in " ".join(capsys.readouterr().err.split())
     assert main([*arguments, str(tmp_path / "x"), *fast, "--max-length", "3"]) == 2

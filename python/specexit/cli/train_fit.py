@@ -259,7 +259,10 @@ def _share(share: float | None) -> str:
 def _print_result(result: FitResult, steps: int) -> None:
     table = Table(box=None, pad_edge=False, show_header=False)
     table.add_row("draft", str(result.output))
-    table.add_row("steps", f"{steps}" + (f", gone on from {result.resumed_from}" if result.resumed_from else ""))
+    begun = result.resumed_from
+    table.add_row(
+        "steps", f"{steps}" + (", all done before" if begun == steps else f", from {begun} on" if begun else "")
+    )
     if "agreement" in result.held_out:
         shares = " ".join(_share(share) for share in result.held_out["agreement"])
         table.add_row("next token as the base's, by depth", shares)
