@@ -356,19 +356,29 @@ def stopped_run(model, traces, output, step, **options):
         fit(model, traces, output, FitConfig(**(FAST | options)), on_log=stop_at(step))
 
 
-@pytest.mark.parametrize(("at", "from_step"), [(2, 0), (6, 6)])  # before the first one; after the last step's
+@pytest.mark.parametrize(
+    ("at", "from_step"),
+    [("before the first", 0), ("before the draft", 6), ("half of the draft", 6), ("before they are removed", 6)],
+)
 def test_a_run_goes_on_from_its_last_checkpoint(at, from_step, model, traces, tmp_path, monkeypatch):
-    options = {"steps": 6, "checkpoint_every": 3}
+    def stop(*arguments):
+        raise Stopped
+
+    options, stopped = {"steps": 6, "checkpoint_every": 3}, tmp_path / "stopped"
     run(model, traces, tmp_path / "whole", **options)
-    if at == 6:
-        monkeypatch.setattr(fit_module, "write_draft", lambda *arguments: stop_at(6)({"step": 6}))
-        with pytest.raises(Stopped):
-            run(model, traces, tmp_path / "stopped", **options)
-        monkeypatch.undo()
+    if at == "before the first":
+        stopped_run(model, traces, stopped, 2, **options)
     else:
-        stopped_run(model, traces, tmp_path / "stopped", at, **options)
-    assert run(model, traces, tmp_path / "stopped", **options).resumed_from == from_step
-    check_same_files(tmp_path / "stopped", tmp_path / "whole")
+        with monkeypatch.context() as patch, pytest.raises(Stopped):
+            if at == "before they are removed":
+                patch.setattr(fit_module.checkpoint, "remove_checkpoints", stop)
+            else:
+                patch.setattr(fit_module, "write_draft", stop)
+            run(model, traces, stopped, **options)
+        if at == "half of the draft":
+            (stopped / "model.safetensors").write_bytes(b"")
+    assert run(model, traces, stopped, **options).resumed_from == from_step
+    check_same_files(stopped, tmp_path / "whole")
 
 
 def test_the_last_checkpoints_are_kept(model, traces, tmp_path):
