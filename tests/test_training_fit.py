@@ -22,8 +22,8 @@ from transformers import PreTrainedModel
 from specexit import ExitConfig, SpecExitDecoder, TreeConfig, load_draft
 from specexit.cli import main
 from specexit.drafts import Eagle3Config
+from specexit.training import checkpoint, objective
 from specexit.training import fit as fit_module
-from specexit.training import objective
 from specexit.training.fit import FitResult, fit
 from specexit.training.fit_config import FitConfig
 from specexit.training.processes import Processes, find_processes
@@ -369,12 +369,11 @@ def test_a_run_goes_on_from_its_last_checkpoint(at, from_step, model, traces, tm
     if at == "before the first":
         stopped_run(model, traces, stopped, 2, **options)
     else:
-        with monkeypatch.context() as patch, pytest.raises(Stopped):
-            if at == "before they are removed":
-                patch.setattr(fit_module.checkpoint, "remove_checkpoints", stop)
-            else:
-                patch.setattr(fit_module, "write_draft", stop)
-            run(model, traces, stopped, **options)
+        removing = at == "before they are removed"
+        with monkeypatch.context() as patch:
+            patch.setattr(*((checkpoint, "remove_checkpoints") if removing else (fit_module, "write_draft")), stop)
+            with pytest.raises(Stopped):
+                run(model, traces, stopped, **options)
         if at == "half of the draft":
             (stopped / "model.safetensors").write_bytes(b"")
     assert run(model, traces, stopped, **options).resumed_from == from_step
