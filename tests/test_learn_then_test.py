@@ -45,7 +45,7 @@ def test_a_p_value_is_small_no_more_often_than_it_says() -> None:
             chance, following = Fraction(0), Fraction(0)
             for losses in range(count + 1):
                 mass = math.comb(count, losses) * risk**losses * (1 - risk) ** (count - losses)
-                if p_value(torch.tensor([1.0] * losses + [0.0] * (count - losses)), float(risk)) <= delta:
+                if p_value(torch.arange(count) < losses, float(risk)) <= delta:
                     chance += mass
                 else:
                     following = mass
@@ -60,6 +60,8 @@ def test_fractional_losses_are_bounded_by_hoeffding_and_bentkus(rng: torch.Gener
     bentkus = math.e * float(exact_tail(math.ceil(mean * count), count, Fraction(3, 10)))
     assert p_value(losses, risk) == pytest.approx(min(math.exp(-count * divergence), bentkus))
     assert p_value(losses, mean) == 1.0
+    few = torch.arange(100) < 1  # of several samples each, which might have been lost in part: no binomial
+    assert p_value(few.float(), 0.05) == hoeffding_bentkus(0.01, 100, 0.05) > p_value(few, 0.05)
     for _ in range(50):  # it is a bound, so never below what is exact for losses of 0 and 1
         count = int(torch.randint(1, 200, (), generator=rng))
         seen = int(torch.randint(0, count + 1, (), generator=rng))
@@ -96,7 +98,7 @@ def test_order_is_from_safe_to_bold() -> None:
 
 
 def test_the_first_failure_ends_it() -> None:
-    losses = [torch.zeros(60), torch.ones(60), torch.zeros(60)]
+    losses = [torch.zeros(60).bool(), torch.ones(60).bool(), torch.zeros(60).bool()]
     tokens = torch.tensor([30.0, 20.0, 10.0])
     result = learn_then_test(
         torch.tensor([0.0, 0.1, 0.2]), tokens, lambda rule: tokens < 0, losses.__getitem__, max_loss=0.05, delta=0.05
@@ -108,12 +110,12 @@ def draw_losses(kind: str, problems: int, rng: torch.Generator) -> tuple[Tensor,
     """True risks [R], and losses [R, problems] of rules that depend on one another, with tokens falling in R."""
     if kind == "a path of thresholds":  # a problem is lost by the thresholds below its difficulty: risks rise to 0.1
         risks = torch.linspace(0.0, 0.1, 40)
-        return risks, (torch.rand(problems, generator=rng) < risks.unsqueeze(1)).float()
+        return risks, torch.rand(problems, generator=rng) < risks.unsqueeze(1)
     # All a little past the allowed loss, in groups that lose the same problems, each with a few of its own.
     risks = torch.full((40,), 0.0505)
     shared = torch.rand(8, problems, generator=rng).repeat_interleave(5, 0)
     own = torch.rand(40, problems, generator=rng)
-    return risks, torch.where(torch.rand(40, problems, generator=rng) < 0.8, shared, own).lt(risks.unsqueeze(1)).float()
+    return risks, torch.where(torch.rand(40, problems, generator=rng) < 0.8, shared, own).lt(risks.unsqueeze(1))
 
 
 @pytest.mark.parametrize("kind", ["a path of thresholds", "all past the limit"])
@@ -131,7 +133,7 @@ def test_the_promise_is_kept(kind: str, rng: torch.Generator) -> None:
         risks, losses = draw_losses(kind, 90, rng)
         tuning, others = losses[:, :45], losses[:, 45:]
         result = learn_then_test(
-            tuning.mean(1),
+            tuning.double().mean(1),
             tokens,
             lambda rule: torch.arange(40) <= rule,
             others.__getitem__,
@@ -152,9 +154,9 @@ def test_it_is_nearly_as_bold_as_can_be(rng: torch.Generator) -> None:
     tokens = torch.linspace(200, 100, 81)
     reached = []
     for _ in range(60):
-        losses = (torch.rand(2000, generator=rng) < risks.unsqueeze(1)).float()
+        losses = torch.rand(2000, generator=rng) < risks.unsqueeze(1)
         result = learn_then_test(
-            losses[:, :800].mean(1),
+            losses[:, :800].double().mean(1),
             tokens,
             lambda rule: torch.arange(81) <= rule,
             losses[:, 800:].__getitem__,

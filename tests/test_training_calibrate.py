@@ -10,15 +10,18 @@ from typing import Any
 
 import pytest
 import torch
+from training_traces import signals_of
 
 from specexit import ExitConfig, SpecExitDecoder, TreeConfig, bundled_pair, load_draft
 from specexit.cli import main
 from specexit.training.ablate import ablate
 from specexit.training.auroc import auroc
-from specexit.training.calibrate import Calibration, calibrate, default_name, read_all, signal_table, write
+from specexit.training.calibrate import Calibration, _certify, calibrate, default_name, read_all, signal_table, write
+from specexit.training.grid import Rules, grid
 from specexit.training.learn_then_test import binomial_tail, split
 from specexit.training.records import Trace, TraceFile, sufficient_length
 from specexit.training.report import draw, markdown
+from specexit.training.rules import Boundaries, Readout, SignalTable
 from specexit.training.signals import RecordedSignals, record_signals
 
 
@@ -113,6 +116,55 @@ def test_a_rule_is_certified_on_the_problems_it_was_not_chosen_on(
     # The signals tell nearly all, so nearly all is cut that can be.
     assert scores["cut"] > 0.8 * (1 - sum(t.sufficient for t in traces) / sum(len(t.thinking) for t in traces))
     assert result.estimated.p_value is None
+
+
+def uninformed(problems: int, rng: torch.Generator) -> SignalTable:
+    """Problems with one place to cut, where a fifth lose their answer, and signals that are uniform in (0, 1) and know
+    nothing of it: the risk of a rule is a fifth of the share that it cuts."""
+    x = torch.rand(problems, 3, generator=rng).clamp(1e-6, 1 - 1e-6)
+    traces = [
+        Trace(
+            id=str(n),
+            prompt=[1],
+            thinking=[2, 3],
+            reply=[4],
+            boundaries=[1],
+            answers=["1"],
+            probabilities=[1.0],
+            agrees=[kept],
+            final="1",
+        )
+        for n, kept in enumerate((torch.rand(problems, generator=rng) >= 0.2).tolist())
+    ]
+    raw = torch.full((problems, 2, 3), torch.nan)
+    raw[:, 0] = torch.cat([x[:, :2].logit(), x[:, 2:].log()], 1)
+    return SignalTable(signals_of(traces, {"output": raw.flatten(0, 1)}), traces, Boundaries.of(traces))
+
+
+def test_calibrations_keep_their_promise(rng: torch.Generator) -> None:
+    """200 calibrations, each with thousands of rules to choose from, of which one in ten may break its promise.
+
+    By chance alone 52 or more of them would with a probability below 1e-9. Rules that are tested on the problems on
+    which they were chosen break it in nearly half.
+    """
+    assert 1 - binomial_tail(51, 200, 0.1) < 1e-9
+    broken = certified = 0
+    for seed in range(200):
+        table = uninformed(150, rng)
+
+        def rules(chosen: torch.Tensor, table: SignalTable = table) -> Rules:
+            return grid(table, [Readout("output", "none")], traces=chosen)
+
+        tested, best = _certify(table, rules, split(150, 0.4, seed), max_loss=0.05, delta=0.1)
+        passed = [choice.exit for choice in tested if choice.p_value is not None and choice.p_value <= 0.1]
+        cut = [
+            (1 - (e.confidence or 0)) * (1 - (e.progress or 0)) * (1 if e.remaining is None else min(e.remaining, 1))
+            for e in passed
+        ]
+        broken += any(0.2 * share > 0.05 for share in cut)
+        certified += best is not None
+    assert broken < 52
+    assert certified > 100
 
 
 def test_samples_of_a_problem_count_as_one(

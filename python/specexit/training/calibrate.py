@@ -316,9 +316,11 @@ def _certify(
     scores = own.score(table, chosen)
     others = (~tuning[table.boundaries.problem]).nonzero().flatten()
     where = table.boundaries.select(others)
+    whole = len(others) == where.problems  # one sample each: lost or not
 
     def test_losses(rule: int) -> Tensor:
-        return where.losses(table.first(own.config(rule))[others].unsqueeze(0))[0]
+        losses = where.losses(table.first(own.config(rule))[others].unsqueeze(0))[0]
+        return losses.bool() if whole else losses
 
     result = learn_then_test(scores.loss, scores.tokens, own.stricter, test_losses, max_loss=max_loss, delta=delta)
     pairs = zip(result.order, result.p_values, strict=False)  # what stands behind a rule that failed has none

@@ -57,7 +57,7 @@ def learn_then_test(
     """Choose a sequence of rules on the tuning problems, and test it on the others.
 
     loss, tokens, stricter   of all rules on the tuning problems, see `safe_to_bold`
-    test_losses              of one rule, the losses of the other problems, [problems] in [0, 1]
+    test_losses              of one rule, the losses of the other problems, [problems] as `p_value` takes them
     """
     order = safe_to_bold(loss, tokens, stricter)
     p_values: list[float] = []
@@ -69,15 +69,15 @@ def learn_then_test(
 
 
 def p_value(losses: Tensor, max_loss: float) -> float:
-    """Of the hypothesis that the risk is above `max_loss`, from the losses of independent problems, each in [0, 1].
+    """Of the hypothesis that the risk is above `max_loss`, from the losses of independent problems, [problems].
 
-    Losses of 0 and 1: the binomial tail, exact. Others: Hoeffding and Bentkus, whichever is smaller (Bates et al.,
-    arXiv 2101.02703, theorem 2.1).
+    bool: a problem can only be lost or not, and the binomial tail is exact. Floating: shares, as of several samples of
+    a problem, and Hoeffding and Bentkus, whichever is smaller (Bates et al., arXiv 2101.02703, theorem 2.1). What a
+    loss can be decides, not what these losses happen to be: a test that is chosen by its data proves less.
     """
-    count = len(losses)
-    total = float(losses.sum())
-    if bool(((losses == 0) | (losses == 1)).all()):
-        return binomial_tail(round(total), count, max_loss)
+    count, total = len(losses), float(losses.sum())
+    if losses.dtype == torch.bool:
+        return binomial_tail(int(total), count, max_loss)
     return hoeffding_bentkus(total / count, count, max_loss)
 
 
