@@ -16,7 +16,16 @@ from specexit import ExitConfig, SpecExitDecoder, TreeConfig, bundled_pair, load
 from specexit.cli import main
 from specexit.training.ablate import ablate
 from specexit.training.auroc import auroc
-from specexit.training.calibrate import Calibration, _certify, calibrate, default_name, read_all, signal_table, write
+from specexit.training.calibrate import (
+    Calibration,
+    _certify,
+    calibrate,
+    default_name,
+    read_all,
+    signal_table,
+    temperature_of,
+    write,
+)
 from specexit.training.grid import Rules, grid
 from specexit.training.learn_then_test import binomial_tail, split
 from specexit.training.records import Trace, TraceFile, sufficient_length
@@ -288,8 +297,13 @@ def test_files_of_traces_must_go_together(tmp_path: Path, decoder: SpecExitDecod
     assert (header["base"], every) == ("a", traces)
     with pytest.raises(ValueError, match=r"traces must be of one temperature, were of 0.0 and 0.7"):
         read_all([one, save(tmp_path / "hot", traces[1:], base="a", sampling={"temperature": 0.7})])
+    assert (temperature_of(header), temperature_of({}, 0.6), temperature_of(header, 0.0)) == (0.0, 0.6, 0.0)
+    with pytest.raises(ValueError, match="temperature must be given for traces of texts from elsewhere"):
+        temperature_of({})
+    with pytest.raises(ValueError, match=r"temperature must be that of the traces, 0, was 0.6"):
+        temperature_of(header, 0.6)
     with pytest.raises(ValueError, match=r"traces must be of one base, were of 'a' in .*one and of 'b' in .*other"):
-        read_all([one, save(tmp_path / "other", traces[1:], base="b")])
+        read_all([one, save(tmp_path / "other", traces[1:], base="b", sampling={"temperature": 0.0})])
 
 
 def test_command(
@@ -298,6 +312,9 @@ def test_command(
     traces = save(tmp_path / "cal.jsonl", random_traces(decoder, source, "p", 24))
     common = ["calibrate", "--model", str(bundled_pair().base), "--draft", str(folder), "--device", "cpu"]
     own = [*common, "--traces", str(traces), "--smoothing", "ewma", "--source", "output"]
+    assert main([*own, "--estimate"]) == 2
+    assert "temperature must be given" in capsys.readouterr().err
+    own += ["--temperature", "0"]
     assert main([*own, "--signals", str(tmp_path / "s"), "--max-loss", "0.9", "--confidence-level", "0.5"]) == 0
     assert "certified" in capsys.readouterr().out
     assert (tmp_path / "s").is_file()
@@ -310,7 +327,7 @@ def test_command(
     other = save(tmp_path / "other.jsonl", random_traces(decoder, source, "q", 2), base="0")
     for wrong, message in (
         ([*common, "--traces", str(tmp_path / "none")], "there is no file"),
-        ([*common, "--traces", str(other)], "is of another base"),
+        ([*common, "--traces", str(other), "--temperature", "0"], "is of another base"),
         ([*common[:3], "--draft", str(traces), "--traces", str(traces)], "--draft must be a folder"),
         ([*common, "--traces", str(other), "--signals", str(tmp_path)], "--signals must be a file"),
     ):
@@ -368,7 +385,16 @@ def test_ablation_command(
 ) -> None:
     files = [save(tmp_path / name, random_traces(decoder, source, name, 6)) for name in ("c", "t")]
     own = ["train", "ablate", "--model", str(bundled_pair().base), "--draft", str(folder), "--device", "cpu"]
-    own += ["--calibration", str(files[0]), "--test", str(files[1]), "--output", str(tmp_path / "out")]
+    own += [
+        "--calibration",
+        str(files[0]),
+        "--test",
+        str(files[1]),
+        "--temperature",
+        "0",
+        "--output",
+        str(tmp_path / "out"),
+    ]
     assert main([*own, "--max-loss", "1", "--keep-signals"]) == 0
     assert {file.name for file in (tmp_path / "out").iterdir()} >= {"ablation.json", "ablation.md", "test.safetensors"}
     assert "## Signals" in capsys.readouterr().out

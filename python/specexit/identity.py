@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -63,12 +62,6 @@ def check_base(recorded: str, model: nn.Module, what: str) -> None:
 def check_tokenizer(recorded: str, tokenizer: Tokenizer, what: str) -> None:
     """Raise ValueError where `what` was made with another tokenizer than this one; arguments as in `check_base`."""
     _check(recorded, tokenizer_fingerprint(tokenizer), what, "tokenizer")
-
-
-def check_header(header: Mapping[str, Any], model: nn.Module, tokenizer: Tokenizer, path: object) -> None:
-    """Raise ValueError where a file of traces was made with another base or tokenizer. `header`: the file's."""
-    check_base(str(header.get("base")), model, str(path))
-    check_tokenizer(str(header.get("tokenizer")), tokenizer, str(path))
 
 
 def _check(recorded: str, found: str, what: str, kind: str) -> None:

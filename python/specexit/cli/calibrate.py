@@ -37,6 +37,10 @@ def calibrate(
     source: Annotated[list[str] | None, typer.Option(help="Only signals of this source: fc, output.")] = None,
     smoothing: Annotated[list[str] | None, typer.Option(help="Only none, ewma, window, momentum.")] = None,
     use: Annotated[list[str] | None, typer.Option(help="Only confidence, progress, remaining.")] = None,
+    temperature: Annotated[
+        float | None,
+        typer.Option(min=0.0, help="Of texts that another engine has sampled; else the traces say it."),
+    ] = None,
     min_thinking_tokens: Annotated[int, typer.Option(help="The rule ends no thinking shorter than this.")] = 0,
     name: Annotated[str | None, typer.Option(help="Of the rule, in calibration.json.")] = None,
     default: Annotated[bool, typer.Option("--default", help="Make it the draft's default rule.")] = False,
@@ -64,6 +68,7 @@ def calibrate(
     from specexit.training import calibrate as training
 
     header, found = training.read_all(traces)
+    sampled_at = training.temperature_of(header, temperature)
     decoder = load_for_traces(model, draft, header, device)
     result = training.calibrate(
         decoder,
@@ -71,7 +76,7 @@ def calibrate(
         max_loss=max_loss,
         confidence_level=None if estimate else confidence_level,
         signals=recorded(decoder, found, signals),
-        temperature=training.temperature_of(header),
+        temperature=sampled_at,
         sources=source,
         smoothing=smoothing,
         use=use or ("confidence", "progress", "remaining"),

@@ -21,6 +21,10 @@ def ablate(
     output: Annotated[Path, typer.Option(metavar="DIR", help="For ablation.json, ablation.md and accuracy.png.")],
     max_loss: Annotated[list[float] | None, typer.Option(help="Loss allowed on calibration. Default: 0, 0.01.")] = None,
     timed: Annotated[int, typer.Option(min=0, help="Test prompts that are decoded for the wall clock.")] = 0,
+    temperature: Annotated[
+        float | None,
+        typer.Option(min=0.0, help="Of texts that another engine has sampled; else the traces say it."),
+    ] = None,
     keep_signals: Annotated[
         bool, typer.Option("--keep-signals", help="Keep recorded signals in DIR, and use those that are there.")
     ] = False,
@@ -46,6 +50,7 @@ def ablate(
     from specexit.training.report import draw, markdown
 
     header, _ = read_all([*calibration, *test])  # of one base, at one temperature
+    sampled_at = temperature_of(header, temperature)
     parts = [read_all(paths)[1] for paths in (calibration, test)]
     decoder = load_for_traces(model, draft, header, device)
     files = [output / f"{name}.safetensors" if keep_signals else None for name in ("calibration", "test")]
@@ -56,7 +61,7 @@ def ablate(
         signals=(signals[0], signals[1]),
         losses=LOSSES if max_loss is None else max_loss,
         timed=timed,
-        temperature=temperature_of(header),
+        temperature=sampled_at,
     )
     write_whole(output / "ablation.json", (json.dumps(result, indent=2) + "\n").encode())
     text = markdown(result)

@@ -177,15 +177,28 @@ def calibrate(
 def read_all(paths: Sequence[str | os.PathLike[str]]) -> tuple[dict[str, Any], list[Trace]]:
     """The traces of several files, which must be of one base, at one temperature; the header is the first one's."""
     headers, traces = read_trace_files(paths, ("base", "tokenizer", "extractor", "markers"))
-    if len(found := {temperature_of(header) for header in headers}) > 1:
-        raise ValueError(f"traces must be of one temperature, were of {' and '.join(map(str, sorted(found)))}")
+    found = dict.fromkeys(str(_temperature(header)) for header in headers)
+    if len(found) > 1:
+        raise ValueError(f"traces must be of one temperature, were of {' and '.join(found)}")
     return headers[0], traces
 
 
-def temperature_of(header: Mapping[str, Any]) -> float:
-    """At which the traces of a file were sampled; greedy where the header does not say."""
+def temperature_of(header: Mapping[str, Any], given: float | None = None) -> float:
+    """At which the traces of a file were sampled: as its header says, or, of texts from elsewhere, as is `given`.
+
+    Raises ValueError where neither says it, or they disagree.
+    """
+    known = _temperature(header)
+    if known is None and given is None:
+        raise ValueError("temperature must be given for traces of texts from elsewhere, which do not say theirs")
+    if None not in (known, given) and known != given:
+        raise ValueError(f"temperature must be that of the traces, {known:g}, was {given:g}")
+    return float(given if known is None else known)  # type: ignore[arg-type]
+
+
+def _temperature(header: Mapping[str, Any]) -> float | None:
     sampling = header.get("sampling")
-    return float(sampling.get("temperature", 0.0)) if isinstance(sampling, Mapping) else 0.0
+    return float(sampling["temperature"]) if isinstance(sampling, Mapping) else None
 
 
 def check_models(header: Mapping[str, Any], decoder: SpecExitDecoder) -> None:
