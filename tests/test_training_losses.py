@@ -21,9 +21,13 @@ def test_token_loss_is_cross_entropy_with_the_bases_distribution(held, rng):
         for v in range(7):
             p = targets[i].exp()[v] / targets[i].exp().sum()
             expected = expected - weights[i] * p * (logits[v] - logits.exp().sum().log())
-    loss = token_loss(hidden, head, targets, weights, held)
+    loss = token_loss(hidden, head, targets, weights, held=held)
     torch.testing.assert_close(loss, expected)
     wanted = torch.autograd.grad(expected, (hidden, head))
+    torch.testing.assert_close(torch.autograd.grad(loss, (hidden, head)), wanted)
+    later, above = torch.cat((targets[:2] * torch.nan, targets)), torch.cat((torch.zeros(2), weights))
+    loss = token_loss(torch.cat((hidden, hidden[:2])), head, later, above, 2, held)
+    torch.testing.assert_close(loss, expected)
     torch.testing.assert_close(torch.autograd.grad(loss, (hidden, head)), wanted)
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from specexit.thinking import Tokenizer
 
 VALUES = 64  # of every parameter of a base: a training step changes them all
+BLOCK = 2**24  # values of a draft that are summed at a time, in eight times the bytes
 
 
 def fingerprint(model: nn.Module) -> str:
@@ -37,10 +38,13 @@ def draft_fingerprint(tensors: Mapping[str, Tensor]) -> str:
     """
     content = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
-        values = _bits(tensor.detach().reshape(-1)).long()
-        place = torch.arange(1, len(values) + 1, device=values.device)
-        sums = int(values.sum()), int((values * place).sum())  # int64 wraps around, everywhere alike
-        content.update(f"{name} {list(tensor.shape)} {sums} ".encode())
+        flat = tensor.detach().reshape(-1)
+        sums = torch.zeros(2, dtype=torch.int64, device=flat.device)  # int64 wraps around, everywhere alike
+        for start in range(0, len(flat), BLOCK):
+            values = _bits(flat[start : start + BLOCK]).long()
+            place = torch.arange(start + 1, start + 1 + len(values), device=flat.device)
+            sums += torch.stack((values.sum(), (values * place).sum()))
+        content.update(f"{name} {list(tensor.shape)} {tuple(sums.tolist())} ".encode())
     return content.hexdigest()
 
 

@@ -15,7 +15,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from transformers import PreTrainedModel
 
 from specexit.base import BaseModel
 from specexit.drafts import Eagle3Draft
+from specexit.drafts.checkpoint import fingerprint_of
 from specexit.identity import check_base, fingerprint
 from specexit.training import checkpoint, drafting
 from specexit.training.data import BaseReader, Cache, Example, Selection, collate, order, select
@@ -95,6 +96,13 @@ def fit(
     return run.go()
 
 
+def _traces_fingerprint(traces: list[Trace]) -> str:
+    content = hashlib.sha256()
+    for trace in traces:  # one at a time: together they are gigabytes
+        content.update(json.dumps(vars(trace)).encode() + b"\n")
+    return content.hexdigest()
+
+
 class _Run:
     """One run of training: its draft, its data, and where it stands."""
 
@@ -138,8 +146,8 @@ class _Run:
         self.settings: dict[str, Any] = {
             **settings,
             "base": fingerprint(self.base.model),
-            "traces": hashlib.sha256(json.dumps([asdict(trace) for trace in traces]).encode()).hexdigest(),
-            "draft's first weights": fingerprint(self.draft),
+            "traces": _traces_fingerprint(traces),
+            "draft's first weights": fingerprint_of(self.draft),
             "number of processes": self.processes.count,
         }
         self.provenance = {

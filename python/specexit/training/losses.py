@@ -32,29 +32,36 @@ from specexit_kernels.state import SIGNALS
 HELD_LOGITS = 2**25  # that a step may keep for the gradient; where there are more they are made again for it
 
 
-def token_loss(hidden: Tensor, lm_head: Tensor, targets: Tensor, weights: Tensor, held: int = HELD_LOGITS) -> Tensor:
+def token_loss(
+    hidden: Tensor, lm_head: Tensor, targets: Tensor, weights: Tensor, ahead: int = 0, held: int = HELD_LOGITS
+) -> Tensor:
     """Sum over rows of weight * cross-entropy, float32.
 
     hidden   [N, H], normed
     lm_head  [Vd, H]
     targets  [N, Vd]: the base's logits of the draft's ids
-    weights  [N]; rows with 0 cost nothing
+    weights  [N] of the targets; those with 0 cost nothing
+    ahead    the targets of row n of `hidden` are in row n + ahead; the first `ahead` targets must weigh 0
     held     logits that may be kept, see HELD_LOGITS
     """
     rows = weights.nonzero().squeeze(1)
-    hidden, targets, weights = hidden[rows], targets[rows], weights[rows]
+    hidden = hidden[rows - ahead]
     block = max(1, held // len(lm_head))
     if len(rows) <= block:
-        return _token_loss(hidden, targets, weights, lm_head)
-    parts = zip(hidden.split(block), targets.split(block), weights.split(block), strict=True)
-    losses = [checkpoint(_token_loss, *part, lm_head, use_reentrant=False) for part in parts]
+        return _token_loss(hidden, lm_head, targets, weights, rows)
+    # Each block picks its targets when it is computed: they are the largest tensor there is, never copied whole.
+    losses = [
+        checkpoint(_token_loss, some, lm_head, targets, weights, own, use_reentrant=False)
+        for some, own in zip(hidden.split(block), rows.split(block), strict=True)
+    ]
     return torch.stack(losses).sum()
 
 
-def _token_loss(hidden: Tensor, targets: Tensor, weights: Tensor, lm_head: Tensor) -> Tensor:
+def _token_loss(hidden: Tensor, lm_head: Tensor, targets: Tensor, weights: Tensor, rows: Tensor) -> Tensor:
     logits = F.linear(hidden, lm_head)
     exact = torch.promote_types(logits.dtype, torch.float32)
-    return F.cross_entropy(logits.to(exact), targets.to(exact).softmax(-1), reduction="none") @ weights.to(exact)
+    wanted = targets[rows].to(exact).softmax(-1)
+    return F.cross_entropy(logits.to(exact), wanted, reduction="none") @ weights[rows].to(exact)
 
 
 def signal_losses(raw: Tensor, values: Tensor, weights: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
 
 from specexit.drafts import Eagle3Draft
 from specexit.training.data import BaseReader, Example
@@ -119,10 +120,10 @@ class Objective:
             tokens = []
             if not self.signals_only:
                 weights, lm_head = self._token_weights(batch), self.draft.lm_head
+                targets = batch["targets"].flatten(0, 1)
                 for step, hidden in enumerate(unrolled.hidden):
-                    rows = hidden[:, : hidden.shape[1] - step].flatten(0, 1)
-                    targets, counted = batch["targets"][:, step:].flatten(0, 1), weights[:, step:].flatten()
-                    tokens.append(token_loss(rows, lm_head, targets, counted) * scale[step])
+                    counted = F.pad(weights[:, step:], (step, 0)).flatten()
+                    tokens.append(token_loss(hidden.flatten(0, 1), lm_head, targets, counted, step) * scale[step])
             values, weights = batch["values"], batch["weights"]
             output = fc = None
             if self.output and unrolled.output is not None:
@@ -175,13 +176,12 @@ class Objective:
 
     def _agreements(self, hidden: Tensor, batch: Mapping[str, Tensor], step: int) -> Tensor:
         """Generated tokens at which the draft's best is the base's; one that the draft cannot propose is none."""
-        rows = self._token_weights(batch)[:, step:].flatten().nonzero().squeeze(1)
-        hidden = hidden[:, : hidden.shape[1] - step].flatten(0, 1)[rows]
-        targets = batch["targets"][:, step:].flatten(0, 1)[rows]
-        block = max(1, HELD_PREDICTIONS // len(self.draft.lm_head))
+        rows = F.pad(self._token_weights(batch)[:, step:], (step, 0)).flatten().nonzero().squeeze(1)
+        hidden, targets = hidden.flatten(0, 1), batch["targets"].flatten(0, 1)
         agreed = hidden.new_zeros((), dtype=torch.int64)
-        for some, wanted in zip(hidden.split(block), targets.split(block), strict=True):
-            agreed += (nn.functional.linear(some, self.draft.lm_head).argmax(-1) == wanted.argmax(-1)).sum()
+        for own in rows.split(max(1, HELD_PREDICTIONS // len(self.draft.lm_head))):
+            predicted = F.linear(hidden[own - step], self.draft.lm_head).argmax(-1)
+            agreed += (predicted == targets[own].argmax(-1)).sum()
         return agreed
 
     def _forward(self, batch: Mapping[str, Tensor], depth: int) -> Unrolled:
