@@ -115,13 +115,19 @@ def test_how_texts_are_cut_and_batched_changes_nothing(
     traces = random_traces(rng, [40, 3, 1, 25, 33], [1, 50, 37, 90, 8])
     alone = [record_signals(decoder, [trace]) for trace in traces]
     told: list[int] = []
-    for chunk, batch in ((16, 2), (256, 5), (8, 3)):
+    for chunk, batch, slots in ((16, 2, 1000), (256, 5, 1000), (8, 3, 90), (256, 5, 10)):
         monkeypatch.setattr(module, "CHUNK", chunk)
+        monkeypatch.setattr(module, "SLOTS", slots)
         together = record_signals(decoder, traces, batch=batch, progress=told.append)
         for source in ("fc", "output"):
             expected = torch.cat([single.raw[source] for single in alone])
             torch.testing.assert_close(together.raw[source], expected, rtol=1e-3, atol=1e-3)
-    assert sum(told) == 3 * sum(len(trace.thinking) for trace in traces)
+    assert sum(told) == 4 * sum(len(trace.thinking) for trace in traces)
+
+
+def test_batches_are_bounded_in_texts_and_in_slots(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "SLOTS", 20)
+    assert list(module._batches([9, 2, 30, 7, 2, 7, 2, 2, 5], 3)) == [[1, 4, 6], [7, 8], [3, 5], [0], [2]]
 
 
 def test_a_file_of_signals(decoder: SpecExitDecoder, rng: torch.Generator, tmp_path: Path) -> None:

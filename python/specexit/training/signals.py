@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,6 +35,7 @@ from specexit.training.records import Trace
 FORMAT = "specexit-signals"
 VERSION = "1"
 SOURCES = ("fc", "output")
+SLOTS = 2**16  # of the cache at a time: of Qwen3-8B 9 GiB
 
 
 @dataclass(frozen=True)
@@ -125,7 +126,7 @@ def record_signals(
     """Read the signals of every thinking position of `traces`, from every source that the draft has.
 
     decoder   its base and its draft; the draft must have signals
-    batch     traces that are read at a time
+    batch     traces that are read at a time, at most
     progress  called with the number of thinking tokens of each batch, when it has been read
 
     Raises ValueError for a decoder without signals, or traces with ids that this base does not have.
@@ -148,11 +149,8 @@ def record_signals(
         lengths = torch.tensor([0, *(len(trace.thinking) for trace in traces)])
         offsets = lengths.cumsum(0)
         raw: dict[str, Tensor] = {}
-        # Traces of like length go together: what a row is shorter than the longest is computed for nothing.
-        order = sorted(range(len(traces)), key=lambda i: len(traces[i].prompt) + len(traces[i].thinking))
         with torch.inference_mode(), base.attached():
-            for first in range(0, len(order), batch):
-                chosen = order[first : first + batch]
+            for chosen in _batches([len(trace.prompt) + len(trace.thinking) for trace in traces], batch):
                 found = _read(base, draft, tuple(names), [traces[i] for i in chosen])
                 for source, rows in found.items():
                     whole = raw.setdefault(source, torch.empty(int(offsets[-1]), rows[0].shape[1]))
@@ -163,6 +161,17 @@ def record_signals(
         draft.select_source("auto")
     prints = trace_fingerprint(traces), fingerprint(base.model), _draft_fingerprint(draft)
     return RecordedSignals(raw, names, offsets, *prints)
+
+
+def _batches(lengths: Sequence[int], most: int) -> Iterator[list[int]]:
+    """Traces that are read together, by index: those of like length, as a shorter one is padded to the longest."""
+    chosen: list[int] = []
+    for index in sorted(range(len(lengths)), key=lengths.__getitem__):
+        if chosen and (len(chosen) == most or (len(chosen) + 1) * lengths[index] > SLOTS):
+            yield chosen
+            chosen = []
+        chosen.append(index)
+    yield chosen
 
 
 def _names(draft: Draft) -> dict[str, tuple[str, ...]]:
