@@ -79,6 +79,11 @@ def test_problems_needed() -> None:
     assert some > 299
     assert binomial_tail(math.ceil(0.004 * some), some, 0.01) <= 0.05
     assert problems_needed(0.01, 0.05, 0.01) is None
+    assert problems_needed(0.01, 0.05, whole=False) == 299
+    more = problems_needed(0.01, 0.05, 0.004, whole=False)
+    assert more is not None
+    assert hoeffding_bentkus(0.004, more, 0.01) <= 0.05
+    assert more > some
 
 
 def test_split_is_by_the_seed() -> None:

@@ -27,7 +27,7 @@ from specexit.training.calibrate import (
     write,
 )
 from specexit.training.grid import Rules, grid
-from specexit.training.learn_then_test import binomial_tail, split
+from specexit.training.learn_then_test import binomial_tail, hoeffding_bentkus, split
 from specexit.training.records import Trace, TraceFile, sufficient_length
 from specexit.training.report import draw, markdown
 from specexit.training.rules import Boundaries, Readout, SignalTable
@@ -185,6 +185,8 @@ def test_samples_of_a_problem_count_as_one(
     )
     assert (result.problems, result.tested_on) == (70, 42)
     assert all(choice.problems == 42 for choice in result.tested)
+    for choice in result.tested:  # each may be lost in part
+        assert choice.p_value == pytest.approx(hoeffding_bentkus(choice.loss, 42, 0.2))
 
 
 def test_too_few_problems_are_said_to_be_too_few(

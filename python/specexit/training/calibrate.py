@@ -4,6 +4,9 @@ Nothing is decoded: rules are tried on recorded traces, see `rules`. Problems ar
 sequence of rules is chosen, on the other it is tested, see `learn_then_test`. A rule that passes is *certified*. Beside
 it, and apart from it, stands the *estimated* rule: the one that kept the promise on all problems it was chosen on. It
 is bolder, and on other problems it will often lose a little more: thousands were tried.
+
+An answer counts as it was annotated: forced behind the cut, with the prefix of the annotation, greedily. Decoding that
+samples its answers, or lets the base explain itself first, can answer otherwise; of that the promise says nothing.
 """
 
 from __future__ import annotations
@@ -157,7 +160,7 @@ def calibrate(
         else:
             tested, best = _certify(table, rules, tuning, max_loss, delta)
             if best is None:
-                enough = problems_needed(max_loss, delta, min((c.loss for c in tested), default=max_loss))
+                enough = problems_needed(max_loss, delta, min((c.loss for c in tested), default=max_loss), where.single)
                 needed = None if enough is None else math.ceil(enough / (1 - TUNING_SHARE))
     return Calibration(
         max_loss=max_loss,
@@ -329,11 +332,10 @@ def _certify(
     scores = own.score(table, chosen)
     others = (~tuning[table.boundaries.problem]).nonzero().flatten()
     where = table.boundaries.select(others)
-    whole = len(others) == where.problems  # one sample each: lost or not
 
     def test_losses(rule: int) -> Tensor:
         losses = where.losses(table.first(own.config(rule))[others].unsqueeze(0))[0]
-        return losses.bool() if whole else losses
+        return losses.bool() if table.boundaries.single else losses
 
     result = learn_then_test(scores.loss, scores.tokens, own.stricter, test_losses, max_loss=max_loss, delta=delta)
     pairs = zip(result.order, result.p_values, strict=False)  # what stands behind a rule that failed has none

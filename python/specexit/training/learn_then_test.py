@@ -110,21 +110,29 @@ def hoeffding_bentkus(mean: float, count: int, risk: float) -> float:
     return min(1.0, math.exp(-count * divergence), bentkus)
 
 
-def problems_needed(max_loss: float, delta: float, rate: float = 0.0) -> int | None:
+def problems_needed(max_loss: float, delta: float, rate: float = 0.0, whole: bool = True) -> int | None:
     """The fewest problems that certify a rule which loses a share `rate` of them; None: no number does.
+
+    whole  a problem is lost or not; else it may be lost in part, see `p_value`
 
     With no loss at all, (1 - max_loss) ** n must come to delta.
     """
+
+    def value(count: int) -> float:
+        if whole:
+            return binomial_tail(math.ceil(rate * count), count, max_loss)
+        return hoeffding_bentkus(rate, count, max_loss)
+
     if not 0 < max_loss < 1 or rate >= max_loss:
         return None
     low, high = 0, math.ceil(math.log(delta) / math.log1p(-max_loss))
-    while binomial_tail(math.ceil(rate * high), high, max_loss) > delta:
+    while value(high) > delta:
         low, high = high, 2 * high
         if high > 10_000_000:
             return None
     while high - low > 1:  # what is needed grows by steps with the losses: a bound near enough
         middle = (low + high) // 2
-        if binomial_tail(math.ceil(rate * middle), middle, max_loss) > delta:
+        if value(middle) > delta:
             low = middle
         else:
             high = middle

@@ -149,6 +149,11 @@ class Boundaries:
     def problems(self) -> int:
         return int(self.problem.max()) + 1 if len(self.problem) else 0
 
+    @property
+    def single(self) -> bool:
+        """Whether every problem has one trace, so that it is lost or not."""
+        return self.problems == len(self.problem)
+
     def select(self, traces: Tensor) -> Boundaries:
         """Those of some traces, [n] int64; their problems are counted anew."""
         picked = {name: getattr(self, name)[:, traces] for name in ("tokens", "valid", "lost", "right", "agrees")}
