@@ -14,6 +14,7 @@ from training_traces import signals_of
 
 from specexit import ExitConfig, SpecExitDecoder, TreeConfig, bundled_pair, load_draft
 from specexit.cli import main
+from specexit.drafts.calibration import FIELDS
 from specexit.training.ablate import ablate
 from specexit.training.auroc import auroc
 from specexit.training.calibrate import (
@@ -275,6 +276,7 @@ def test_rules_are_written_beside_others(
     assert write(result, folder) == ["10-percent", "10-percent-estimated"]
     assert (read()["default"], read()["rules"]["10-percent"]["confidence_level"]) == ("10-percent", 0.9)
     assert ExitConfig.from_draft(read()) == result.certified.exit
+    assert sorted(read()["rules"]["10-percent"]["exit"]) == sorted(FIELDS)
     assert write(run(None), folder, "mine") == ["mine"]
     assert (list(read()["rules"]), read()["default"]) == (["10-percent", "10-percent-estimated", "mine"], "10-percent")
     assert write(run(None), folder, "mine", default=True) == ["mine"]

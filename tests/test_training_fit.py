@@ -380,6 +380,19 @@ def test_a_run_goes_on_from_its_last_checkpoint(at, from_step, model, traces, tm
     check_same_files(stopped, tmp_path / "whole")
 
 
+def test_two_runs_do_not_write_to_one_folder(model, traces, tmp_path):
+    options = {"steps": 4, "checkpoint_every": 1}
+    run(model, traces, tmp_path / "whole", **options)
+
+    def start_another(line):
+        if line["step"] == 2:
+            with pytest.raises(ValueError, match=r"training.jsonl is being written by another process"):
+                run(model, traces, tmp_path / "d", **options)
+
+    fit(model, traces, tmp_path / "d", FitConfig(**(FAST | options)), on_log=start_another)
+    check_same_files(tmp_path / "d", tmp_path / "whole")
+
+
 def test_the_last_checkpoints_are_kept(model, traces, tmp_path):
     stopped_run(model, traces, tmp_path / "d", 8, steps=9, checkpoint_every=2, keep=2)
     names = sorted(path.name for path in (tmp_path / "d" / "checkpoints").iterdir())

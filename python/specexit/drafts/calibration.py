@@ -7,9 +7,9 @@
                              "evidence": {"problems": 1400, "losses": 5, "p_value": 0.013, ...}}},
      "base": "...", "draft": "..."}
 
-`exit` holds the fields of `ExitConfig` that differ from its defaults. A "certified" rule keeps its promise with the
-stated confidence; an "estimated" one kept it on the problems it was chosen on. `base` and `draft` are fingerprints of
-what it was calibrated with.
+`exit` holds fields of `ExitConfig`; one that is left out has its default. A "certified" rule keeps its promise with
+the stated confidence; an "estimated" one kept it on the problems it was chosen on. `base` and `draft` are fingerprints
+of what it was calibrated with.
 """
 
 from __future__ import annotations

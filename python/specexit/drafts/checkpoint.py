@@ -28,7 +28,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from specexit.drafts.calibration import CALIBRATION, read_calibration
+from specexit.drafts.calibration import CALIBRATION, read_calibration, write_calibration
 from specexit.drafts.eagle3 import Eagle3Draft, embedding_table
 from specexit.drafts.eagle3_config import Eagle3Config, Source
 from specexit.drafts.tensor_files import WEIGHTS, read_tensors, resolve
@@ -138,7 +138,7 @@ def save_draft(draft: Eagle3Draft, path: str | os.PathLike[str]) -> None:
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     (folder / CALIBRATION).unlink(missing_ok=True)
     if draft.calibration.get("draft") == fingerprint_of(draft):
-        (folder / CALIBRATION).write_text(json.dumps(draft.calibration, indent=2) + "\n", encoding="utf-8")
+        write_calibration(folder, draft.calibration)
 
 
 def _layout(draft: Eagle3Draft) -> dict[str, _Slot]:

@@ -299,7 +299,7 @@ def as_rule(result: Calibration, choice: Choice, kind: str) -> dict[str, Any]:
     """As calibration.json has it."""
     evidence = {"problems": choice.problems, "losses": choice.losses, "loss": choice.loss, "p_value": choice.p_value}
     return {
-        "exit": as_fields(choice.exit),
+        "exit": {name: getattr(choice.exit, name) for name in FIELDS},  # all: defaults of another version may be others
         "kind": kind,
         "temperature": result.temperature,
         "max_loss": result.max_loss,

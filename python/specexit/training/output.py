@@ -14,6 +14,7 @@ import torch
 
 from specexit.drafts import Eagle3Draft, save_draft
 from specexit.training.checkpoint import check_settings, checkpoints
+from specexit.training.records import lock
 
 LOG = "training.jsonl"
 PROVENANCE = "training"  # the key of it in the draft's config.json
@@ -62,6 +63,8 @@ class Log:
     """training.jsonl: a JSON object a line. A run that goes on drops the lines behind the step that it goes on from.
 
     tell  is given each line too; None: neither written nor told, by a process that is not the first
+
+    While it is open no other run can write to the folder: ValueError.
     """
 
     def __init__(self, output: Path, step: int, tell: Callable[[Mapping[str, Any]], None] | None) -> None:
@@ -72,22 +75,28 @@ class Log:
     def __enter__(self) -> Log:
         if self._tell is not None:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            kept = b"".join(self._kept())
-            temporary = self._path.with_name(f".{LOG}")
-            temporary.write_bytes(kept)
-            temporary.replace(self._path)
-            self._file = self._path.open("ab")
+            self._file = self._path.open("a+b")
+            try:
+                lock(self._file, self._path)
+                self._file.truncate(self._kept())
+            except BaseException:
+                self._file.close()
+                raise
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         if self._tell is not None:
             self._file.close()
 
-    def _kept(self) -> list[bytes]:
-        if not self._step or not self._path.exists():
-            return []
-        lines = self._path.read_bytes().splitlines(keepends=True)
-        return [line for line in lines if line.endswith(b"\n") and json.loads(line)["step"] <= self._step]
+    def _kept(self) -> int:
+        """Bytes of the lines up to the step that the run goes on from."""
+        self._file.seek(0)
+        size = 0
+        for line in self._file if self._step else ():
+            if not line.endswith(b"\n") or json.loads(line)["step"] > self._step:
+                break
+            size += len(line)
+        return size
 
     def write(self, line: Mapping[str, Any], again: bool = False) -> None:
         """Add a line; `again`: it is there already, and only told."""

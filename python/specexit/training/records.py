@@ -111,7 +111,7 @@ class TraceFile:
     def __enter__(self) -> TraceFile:
         self._file = open(self.path, "a+b")
         try:
-            _lock(self._file, self.path)
+            lock(self._file, self.path)
             self._file.seek(0)
             content = self._file.read()
             whole = _whole_lines(content)  # a line without its end was cut off by a kill
@@ -235,7 +235,7 @@ def _brief(value: object) -> str:
     return text if len(text) <= 200 else f"{text[:200]}..."  # a tokenizer may have hundreds of boundary ids
 
 
-def _lock(file: BinaryIO, path: Path) -> None:
+def lock(file: BinaryIO, path: Path) -> None:
     """Keep other processes from appending while `file` is open. Where the system has no such lock, nothing is kept."""
     try:
         import fcntl
