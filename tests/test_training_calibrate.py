@@ -306,7 +306,7 @@ def test_files_of_traces_must_go_together(tmp_path: Path, decoder: SpecExitDecod
         temperature_of({})
     with pytest.raises(ValueError, match=r"temperature must be that of the traces, 0, was 0.6"):
         temperature_of(header, 0.6)
-    with pytest.raises(ValueError, match=r"traces must be of one base, were of 'a' in .*one and of 'b' in .*other"):
+    with pytest.raises(ValueError, match=r"traces must be of one base, were of 'a' and 'b'"):
         read_all([one, save(tmp_path / "other", traces[1:], base="b", sampling={"temperature": 0.0})])
 
 

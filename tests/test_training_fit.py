@@ -163,7 +163,7 @@ def test_several_files_are_one(model, tmp_path, rng):
     a, b = (load_file(tmp_path / name / "model.safetensors") for name in "ab")
     assert all(torch.equal(a[name], b[name]) for name in a)
     other = write_traces(tmp_path / "other.jsonl", tiny_model("llama", seed=1), traces)
-    with pytest.raises(ValueError, match=r"traces must be of one base, were of .* in .*whole.jsonl and of .*other"):
+    with pytest.raises(ValueError, match=r"traces must be of one base, were of '.*' and '.*'"):
         run(model, [whole, other], tmp_path / "c")
     with pytest.raises(ValueError, match="traces must be one file or several, were none"):
         run(model, [], tmp_path / "c")

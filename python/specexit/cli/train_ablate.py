@@ -46,12 +46,13 @@ def ablate(
     output.mkdir(parents=True, exist_ok=True)
     from specexit.training.ablate import LOSSES
     from specexit.training.ablate import ablate as run
-    from specexit.training.calibrate import read_all, temperature_of
+    from specexit.training.calibrate import check_alike, read_all, temperature_of
     from specexit.training.report import draw, markdown
 
-    header, _ = read_all([*calibration, *test])  # of one base, at one temperature
+    headers, parts = zip(*map(read_all, (calibration, test)), strict=True)
+    check_alike(headers)
+    header = headers[0]
     sampled_at = temperature_of(header, temperature)
-    parts = [read_all(paths)[1] for paths in (calibration, test)]
     decoder = load_for_traces(model, draft, header, device)
     files = [output / f"{name}.safetensors" if keep_signals else None for name in ("calibration", "test")]
     signals = [recorded(decoder, part, file) for part, file in zip(parts, files, strict=True)]

@@ -29,7 +29,7 @@ from specexit.exit import ExitConfig
 from specexit.identity import check_base, check_tokenizer, fingerprint
 from specexit.training.grid import SMOOTHINGS, Rules, grid, readouts
 from specexit.training.learn_then_test import TUNING_SHARE, learn_then_test, problems_needed, split
-from specexit.training.records import Trace, read_trace_files
+from specexit.training.records import Trace, read_trace_files, require_alike
 from specexit.training.rules import Boundaries, Scores, SignalTable
 from specexit.training.signals import RecordedSignals, record_signals
 from specexit_kernels.state import SIGNALS
@@ -178,12 +178,18 @@ def calibrate(
 
 
 def read_all(paths: Sequence[str | os.PathLike[str]]) -> tuple[dict[str, Any], list[Trace]]:
-    """The traces of several files, which must be of one base, at one temperature; the header is the first one's."""
-    headers, traces = read_trace_files(paths, ("base", "tokenizer", "extractor", "markers"))
+    """The traces of several files, which must go together; the header is the first one's."""
+    headers, traces = read_trace_files(paths)
+    check_alike(headers)
+    return headers[0], traces
+
+
+def check_alike(headers: Sequence[Mapping[str, Any]]) -> None:
+    """Raise ValueError where files of traces with these headers do not go together."""
+    require_alike(headers, ("base", "tokenizer", "extractor", "answer_prefix", "markers"))
     found = dict.fromkeys(str(_temperature(header)) for header in headers)
     if len(found) > 1:
         raise ValueError(f"traces must be of one temperature, were of {' and '.join(found)}")
-    return headers[0], traces
 
 
 def temperature_of(header: Mapping[str, Any], given: float | None = None) -> float:

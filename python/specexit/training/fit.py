@@ -34,7 +34,7 @@ from specexit.training.losses import Balance
 from specexit.training.objective import Losses, Objective, summary
 from specexit.training.output import Log, finished, write_draft
 from specexit.training.processes import Processes, find_processes
-from specexit.training.records import Trace, read_trace_files
+from specexit.training.records import Trace, read_trace_files, require_alike
 from specexit.training.schedule import Optimizer, clip_gradients, default_rate, rate_factor, unroll_depth
 from specexit_kernels.state import SIGNALS
 
@@ -81,7 +81,8 @@ def fit(
     base = BaseModel(model, None)
     processes = processes or find_processes(cpu=base.device.type == "cpu")
     paths: list[File] = [traces] if isinstance(traces, (str, os.PathLike)) else list(traces)
-    headers, found = read_trace_files(paths, ("base", "tokenizer", "markers"))
+    headers, found = read_trace_files(paths)
+    require_alike(headers, ("base", "tokenizer", "markers"))
     check_base(str(headers[0].get("base")), model, str(paths[0]))
     chosen = select(
         found,

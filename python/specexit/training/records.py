@@ -152,23 +152,20 @@ def read_traces(path: str | os.PathLike[str]) -> tuple[dict[str, Any], list[Trac
     return _parse(_whole_lines(Path(path).read_bytes()), Path(path))
 
 
-def read_trace_files(
-    paths: Sequence[str | os.PathLike[str]], alike: Sequence[str]
-) -> tuple[list[dict[str, Any]], list[Trace]]:
-    """The headers of several files, and their traces in turn. Raises ValueError where headers differ in a key of
-    `alike`, or there are no files."""
+def read_trace_files(paths: Sequence[str | os.PathLike[str]]) -> tuple[list[dict[str, Any]], list[Trace]]:
+    """The headers of several files, and their traces in turn. Raises ValueError where there are no files."""
     if not paths:
         raise ValueError("traces must be one file or several, were none")
     files = [read_traces(path) for path in paths]
-    headers = [header for header, _ in files]
-    for key in alike:
-        for path, header in zip(paths, headers, strict=True):
-            if header.get(key) != headers[0].get(key):
-                raise ValueError(
-                    f"traces must be of one {key}, were of {_brief(headers[0].get(key))} in {os.fspath(paths[0])}"
-                    f" and of {_brief(header.get(key))} in {os.fspath(path)}"
-                )
-    return headers, [trace for _, traces in files for trace in traces]
+    return [header for header, _ in files], [trace for _, traces in files for trace in traces]
+
+
+def require_alike(headers: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> None:
+    """Raise ValueError where the headers of files differ in one of `keys`."""
+    for key in keys:
+        found = dict.fromkeys(_brief(header.get(key)) for header in headers)
+        if len(found) > 1:
+            raise ValueError(f"traces must be of one {key.replace('_', ' ')}, were of {' and '.join(found)}")
 
 
 def usable(traces: Iterable[Trace]) -> list[Trace]:
