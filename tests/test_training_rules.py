@@ -11,6 +11,7 @@ from training_traces import made_up, random_raw, signals_of
 
 from specexit import ExitConfig
 from specexit.training import rules
+from specexit.training.grid import grid
 from specexit.training.rules import Boundaries, Readout, SignalTable
 from specexit_kernels import Smoothing
 from specexit_kernels.state import SIGNALS
@@ -164,6 +165,18 @@ def test_rules_that_read_no_signal(source: random.Random) -> None:
         }
         assert {name: int(first[n]) for name, first in found.items()} == expected
         assert where.tokens[found["oracle"][n], n] == trace.sufficient
+
+
+@pytest.mark.parametrize("spread", [1.0, 1e-4])
+def test_the_strictest_thresholds_lose_nothing(spread: float, source: random.Random, rng: torch.Generator) -> None:
+    """Signals may differ in digits that a threshold does not have: it is rounded to the strict side."""
+    traces = made_up(source, 30)
+    total = sum(len(trace.thinking) for trace in traces)
+    raw = torch.tensor([-3.0, 3.0, 4.0]) * torch.rand((), generator=rng) + spread * torch.randn(total, 3, generator=rng)
+    table = SignalTable(signals_of(traces, {"fc": raw}), traces, Boundaries.of(traces))
+    for name in SIGNALS:
+        rules_of_one = grid(table, [Readout("fc", "none")], [name])
+        assert rules_of_one.score(table).loss.min() == 0, name
 
 
 def test_a_set_of_ids_leaves_boundaries_out(source: random.Random) -> None:

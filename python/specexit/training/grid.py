@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -119,10 +120,19 @@ def _levels(values: Tensor, where: Boundaries, below: bool) -> Tensor:
 
 
 def _rounded(value: float, below: bool) -> float:
-    """A few digits, to be read and copied: of a probability those of its distance to the nearer end."""
+    """A few digits, to be read and copied: of a probability those of its distance to the nearer end. Never looser: what
+    the value shuts out stays out."""
     if below or value < 0.5:
-        return float(f"{value:.3g}")
-    return round(1 - float(f"{1 - value:.2g}"), 12)
+        return _digits(value, 3, math.floor if below else math.ceil)
+    return round(1 - _digits(1 - value, 2, math.floor), 12)
+
+
+def _digits(value: float, count: int, whole: Callable[[float], int]) -> float:
+    """`count` significant ones, the last as `whole` rounds it."""
+    if value == 0:
+        return 0.0
+    exponent = math.floor(math.log10(value)) - count + 1
+    return float(f"{whole(value / 10.0**exponent)}e{exponent}")
 
 
 def _shortest(value: Tensor) -> float:
