@@ -15,9 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import VOCAB, tiny_model
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from training_cases import fresh_model, write_texts
 
 from specexit import ExitConfig, SpecExitDecoder, bundled_pair
 from specexit.cli import main
@@ -437,32 +435,12 @@ def test_a_killed_run_goes_on_and_nothing_is_lost_or_doubled(
 
 @pytest.fixture(scope="module")
 def fresh(tmp_path_factory: Any) -> Path:
-    """A random model with windows, and a tokenizer of words: v0, v1, ... and the markers."""
-    folder = tmp_path_factory.mktemp("fresh")
-    words = [f"v{n}" for n in range(VOCAB)]
-    words[:8] = ["<pad>", "<bos>", "<eos>", "<unk>", "<think>", "</think>", "\n\n", "."]
-    tokenizer = Tokenizer(models.WordLevel({word: n for n, word in enumerate(words)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split("\n\n", "isolated"), pre_tokenizers.Split(" ", "removed")]
-    )
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token="<unk>", eos_token="<eos>", additional_special_tokens=["<eos>"]
-    )
-    fast.save_pretrained(folder)
-    tiny_model("mistral_window", seed=random.randrange(2**31)).save_pretrained(folder)
-    return folder
+    return fresh_model(tmp_path_factory.mktemp("fresh"))
 
 
 def test_a_fresh_model_from_the_command_line(fresh: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """It never ends its thinking by itself; texts are given, longer than its window."""
-
-    def paragraphs() -> str:
-        return "".join(f"v{random.randrange(9, VOCAB)} v{random.randrange(9, VOCAB)} \n\n" for _ in range(12))
-
-    with open(tmp_path / "p", "w") as problems, open(tmp_path / "texts", "w") as texts:
-        for n in range(3):
-            problems.write(json.dumps({"id": n, "prompt": "v20 v21 <think>", "answer": "v30"}) + "\n")
-            texts.write(json.dumps({"id": n, "completion": f"{paragraphs()}</think> v30 <eos>"}) + "\n")
+    write_texts(tmp_path / "p", tmp_path / "texts", range(3))
     arguments = command(
         "--model", fresh, "--problems", tmp_path / "p", "--texts", tmp_path / "texts", "--output", tmp_path / "t",
         "--report", tmp_path / "r", "--extractor", "regex:v\\d+", "--max-answer-tokens", 4, "--answer-prefix", "v10 .",

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+import random
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
-from tiny_models import VOCAB
+from tiny_models import VOCAB, tiny_model
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
+from transformers import PreTrainedTokenizerFast
 
 from specexit.identity import fingerprint
 from specexit.training.records import Trace, TraceFile, sufficient_length
@@ -56,3 +60,31 @@ def write_traces(path: Path, model: nn.Module, traces: Sequence[Trace]) -> Path:
         for trace in traces:
             file.append(trace)
     return path
+
+
+def fresh_model(folder: Path) -> Path:
+    """A random model with windows, and a tokenizer of words: v0, v1, ... and the markers."""
+    words = [f"v{n}" for n in range(VOCAB)]
+    words[:8] = ["<pad>", "<bos>", "<eos>", "<unk>", "<think>", "</think>", "\n\n", "."]
+    tokenizer = Tokenizer(models.WordLevel({word: n for n, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split("\n\n", "isolated"), pre_tokenizers.Split(" ", "removed")]
+    )
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", eos_token="<eos>", additional_special_tokens=["<eos>"]
+    )
+    fast.save_pretrained(folder)
+    tiny_model("mistral_window", seed=random.randrange(2**31)).save_pretrained(folder)
+    return folder
+
+
+def write_texts(problems: Path, texts: Path, ids: Iterable[int]) -> None:
+    """Problems for `fresh_model`, and texts of twelve paragraphs that answer them."""
+
+    def paragraphs() -> str:
+        return "".join(f"v{random.randrange(9, VOCAB)} v{random.randrange(9, VOCAB)} \n\n" for _ in range(12))
+
+    asked = [{"id": n, "prompt": "v20 v21 <think>", "answer": "v30"} for n in ids]
+    said = [{"id": one["id"], "completion": f"{paragraphs()}</think> v30 <eos>"} for one in asked]
+    for path, lines in ((problems, asked), (texts, said)):
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
