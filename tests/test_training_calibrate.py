@@ -15,6 +15,7 @@ from training_traces import signals_of
 from specexit import ExitConfig, SpecExitDecoder, TreeConfig, bundled_pair, load_draft
 from specexit.cli import main
 from specexit.drafts.calibration import FIELDS
+from specexit.thinking import Markers
 from specexit.training.ablate import ablate
 from specexit.training.auroc import auroc
 from specexit.training.calibrate import (
@@ -417,3 +418,31 @@ def test_auroc(rng: torch.Generator) -> None:
         assert auroc(scores, positive) == pytest.approx(expected)
     assert auroc(torch.ones(3), torch.ones(3).bool()) is None
     assert auroc(torch.zeros(0), torch.zeros(0).bool()) is None
+
+
+def test_boundaries_and_markers_of_the_users_own_reach_the_decoder(
+    folder: Path, tmp_path: Path, decoder: SpecExitDecoder, source: random.Random, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Traces that were annotated with ids that the tokenizer does not name are calibrated and ablated with those, and
+    so is decoded by default."""
+    known = decoder.planner.markers(ExitConfig())
+    own = {"start": known.start, "end": [61], "force": [62, 61], "boundary": [63]}
+    traces = random_traces(decoder, source, "p", 16)
+    for trace in traces:
+        trace.thinking[:] = [63 if token in known.boundary else token for token in trace.thinking]
+    header = {"markers": own, "sampling": {"temperature": 0.0}}
+    half = [save(tmp_path / name, part, **header) for name, part in (("c", traces[:8]), ("t", traces[8:]))]
+    pair = ["--model", str(bundled_pair().base), "--draft", str(folder), "--device", "cpu"]
+    rest = ["--max-loss", "0.9", "--confidence-level", "0.5", "--smoothing", "none", "--source", "output"]
+    assert main(["calibrate", *pair, "--traces", str(half[0]), *rest]) == 0, capsys.readouterr().err
+    found = SpecExitDecoder.from_pretrained(bundled_pair().base, folder, dtype=torch.float32, device="cpu")
+    assert isinstance(found.exit, ExitConfig)
+    assert found.planner.markers(found.exit) == Markers(known.start, (61,), (62, 61), (63,))
+    sets = ["--calibration", str(half[0]), "--test", str(half[1]), "--max-loss", "0.5", "--timed", "1"]
+    assert main(["train", "ablate", *pair, *sets, "--output", str(tmp_path / "tables")]) == 0
+
+    # Of other boundaries alone, the rule names those alone.
+    traces = save(tmp_path / "b", traces, **header | {"markers": {**vars(known), "boundary": [63]}})
+    assert main(["calibrate", *pair, "--traces", str(traces), *rest, "--name", "b"]) in (0, 1)
+    written = json.loads((folder / "calibration.json").read_text())["rules"]["b"]["exit"]
+    assert [name for name in written if name.endswith("_ids")] == ["boundary_ids"]

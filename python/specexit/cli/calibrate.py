@@ -82,6 +82,7 @@ def calibrate(
         use=use or ("confidence", "progress", "remaining"),
         min_thinking_tokens=min_thinking_tokens,
         seed=seed,
+        exit=training.exit_of(header, decoder),
     )
     _print(result, stdout())
     if result.certified is None and result.estimated is None:

@@ -46,7 +46,7 @@ def ablate(
     output.mkdir(parents=True, exist_ok=True)
     from specexit.training.ablate import LOSSES
     from specexit.training.ablate import ablate as run
-    from specexit.training.calibrate import check_alike, read_all, temperature_of
+    from specexit.training.calibrate import check_alike, exit_of, read_all, temperature_of
     from specexit.training.report import draw, markdown
 
     headers, parts = zip(*map(read_all, (calibration, test)), strict=True)
@@ -63,6 +63,7 @@ def ablate(
         losses=LOSSES if max_loss is None else max_loss,
         timed=timed,
         temperature=sampled_at,
+        exit=exit_of(header, decoder),
     )
     write_whole(output / "ablation.json", (json.dumps(result, indent=2) + "\n").encode())
     text = markdown(result)

@@ -22,6 +22,7 @@ from typing import Any
 CALIBRATION = "calibration.json"
 VERSION = 1
 KINDS = ("certified", "estimated")
+IDS = ("boundary_ids", "start_ids", "end_ids", "force_ids")  # in a rule where they are not the tokenizer's
 FIELDS = (  # of an exit rule; the others are the caller's
     "confidence",
     "progress",
@@ -31,6 +32,7 @@ FIELDS = (  # of an exit rule; the others are the caller's
     "window",
     "source",
     "min_thinking_tokens",
+    *IDS,
 )
 
 

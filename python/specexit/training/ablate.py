@@ -22,7 +22,7 @@ from specexit.decoder import SpecExitDecoder
 from specexit.exit import ExitConfig
 from specexit.thinking import Tokenizer, release_breaks
 from specexit.training.auroc import auroc
-from specexit.training.calibrate import as_fields, best_estimate, signal_table
+from specexit.training.calibrate import as_fields, best_estimate, named_ids, signal_table
 from specexit.training.grid import SMOOTHINGS, grid, readouts
 from specexit.training.records import Trace
 from specexit.training.rules import (
@@ -57,6 +57,7 @@ def ablate(
     boundary_sets: Mapping[str, Collection[int]] | None = None,
     timed: int = 0,
     temperature: float = 0.0,
+    exit: ExitConfig | None = None,
 ) -> dict[str, Any]:
     """The tables, as JSON has them; `specexit.training.report` lays them out.
 
@@ -65,6 +66,7 @@ def ablate(
     boundary_sets  ids of boundaries by name; None: the release's strings, and paragraphs that end a sentence
     timed          test prompts that are decoded, in each of four ways, for the wall clock
     temperature    of that decoding: the traces'
+    exit           names other markers and boundaries than the tokenizer's, if the traces were annotated with such
 
     Raises ValueError where traces and decoder do not fit, or both sets share a problem.
     """
@@ -73,8 +75,8 @@ def ablate(
         checks.number("losses", loss, 0.0, 1.0)
     if shared := {trace.id for trace in calibration} & {trace.id for trace in test}:
         raise ValueError(f"test must hold other problems than calibration, both hold {sorted(shared)[0]!r}")
-    chosen_on, choosing = signal_table(decoder, calibration, signals[0])
-    measured_on, measuring = signal_table(decoder, test, signals[1])
+    chosen_on, choosing = signal_table(decoder, calibration, signals[0], exit)
+    measured_on, measuring = signal_table(decoder, test, signals[1], exit)
     pair = choosing, measuring
     if boundary_sets is None:
         boundary_sets = {} if decoder.tokenizer is None else _boundary_sets(decoder.tokenizer)
@@ -101,7 +103,7 @@ def ablate(
         for row in rows
         if (row["part"], row["allowed_loss"]) == ("everything", loss) and row["exit"] is not None
     }
-    last = best[max(best)] if best else ExitConfig()
+    last = replace(best[max(best)] if best else ExitConfig(), **named_ids(exit))
     return {
         "calibration": _about(calibration, choosing),
         "test": _about(test, measuring),

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from specexit import checks
 from specexit.decoder import SpecExitDecoder
-from specexit.drafts.calibration import FIELDS, KINDS, VERSION, read_calibration, write_calibration
+from specexit.drafts.calibration import FIELDS, IDS, KINDS, VERSION, read_calibration, write_calibration
 from specexit.drafts.checkpoint import saved_fingerprint
 from specexit.exit import ExitConfig
 from specexit.identity import check_base, check_tokenizer, fingerprint
@@ -108,6 +108,7 @@ def calibrate(
     use: Sequence[str] = SIGNALS,
     min_thinking_tokens: int = 0,
     seed: int = 0,
+    exit: ExitConfig | None = None,
 ) -> Calibration:
     """Choose an exit rule on annotated traces.
 
@@ -120,6 +121,8 @@ def calibrate(
     use                  the signals that may decide
     min_thinking_tokens  of every rule
     seed                 of the split into problems for choosing and problems for testing
+    exit                 names other markers and boundaries than the tokenizer's, where traces were annotated with such:
+                         the rule gets them
 
     Raises TypeError or ValueError for an argument that cannot be, an empty set, or traces of another base.
     """
@@ -134,12 +137,12 @@ def calibrate(
     checks.integer("min_thinking_tokens", min_thinking_tokens, 0)
     _check_names("use", use, SIGNALS)
     _check_names("smoothing", smoothing, tuple(SMOOTHINGS))
-    sound, table = signal_table(decoder, traces, signals)
+    sound, table = signal_table(decoder, traces, signals, exit)
     _check_names("sources", sources, table.signals.sources)
     readings = readouts(table.signals.sources if sources is None else sources, smoothing or tuple(SMOOTHINGS))
 
     def rules(chosen: Tensor | None = None) -> Rules:
-        return grid(table, readings, use, min_thinking_tokens, chosen)
+        return grid(table, readings, use, min_thinking_tokens, chosen, named_ids(exit))
 
     where = table.boundaries
     every = rules()
@@ -221,8 +224,32 @@ def check_models(header: Mapping[str, Any], decoder: SpecExitDecoder) -> None:
         check_base(str(training["base"]), decoder.model, "the draft")
 
 
+def named_ids(exit: ExitConfig | None) -> dict[str, tuple[int, ...]]:
+    """The markers and boundaries that an exit's settings name; the others are the tokenizer's."""
+    named = {name: getattr(exit, name, None) for name in IDS}
+    return {name: tuple(ids) for name, ids in named.items() if ids is not None}
+
+
+def exit_of(header: Mapping[str, Any], decoder: SpecExitDecoder) -> ExitConfig:
+    """Names those markers and boundaries that a file of traces was made with, where they are not the tokenizer's."""
+    if not isinstance(header.get("markers"), Mapping):
+        return ExitConfig()
+    made_with = {f"{name}_ids": tuple(ids) for name, ids in header["markers"].items()}
+    try:
+        markers = asdict(decoder.planner.markers(ExitConfig()))
+    except ValueError:  # the tokenizer has none
+        markers = {}
+    others = {name for name, ids in made_with.items() if ids != markers.get(name.removesuffix("_ids"))}
+    if others - {"boundary_ids"}:
+        others |= {"start_ids", "end_ids", "force_ids"}  # what follows a cut depends on what ends thinking
+    return ExitConfig(**{name: ids for name, ids in made_with.items() if ids and name in others})
+
+
 def signal_table(
-    decoder: SpecExitDecoder, traces: Sequence[Trace], signals: RecordedSignals | None = None
+    decoder: SpecExitDecoder,
+    traces: Sequence[Trace],
+    signals: RecordedSignals | None = None,
+    exit: ExitConfig | None = None,
 ) -> tuple[list[Trace], SignalTable]:
     """The traces without a flaw, and their signals. Raises ValueError where there are none, or they do not fit."""
     if not traces:
@@ -234,7 +261,7 @@ def signal_table(
             f"traces must hold one that can be cut at a boundary, none of {len(traces)} can: "
             f"{'; '.join(flaws) or 'they have no boundary'}"
         )
-    check_boundaries(decoder, sound)
+    check_boundaries(decoder, sound, exit)
     if signals is None:
         signals = record_signals(decoder, sound)
     assert decoder.draft is not None
@@ -242,9 +269,12 @@ def signal_table(
     return sound, SignalTable(signals, sound, Boundaries.of(sound))
 
 
-def check_boundaries(decoder: SpecExitDecoder, traces: Sequence[Trace]) -> None:
-    """Raise ValueError where a trace is not annotated at just those boundaries at which the decoder could cut it."""
-    ids = set(decoder.planner.markers(ExitConfig()).boundary)
+def check_boundaries(decoder: SpecExitDecoder, traces: Sequence[Trace], exit: ExitConfig | None = None) -> None:
+    """Raise ValueError where a trace is not annotated at just those boundaries at which the decoder could cut it.
+
+    exit   names other boundaries than the tokenizer's
+    """
+    ids = set(decoder.planner.markers(ExitConfig(**named_ids(exit))).boundary)
     for trace in traces:
         wanted = [place for place, token in enumerate(trace.thinking, 1) if token in ids]
         if wanted != trace.boundaries:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -30,11 +30,13 @@ class Rules:
     """Rules by readout: [R_i, 3] float32 thresholds each, NaN where a signal is left out; numbered one after the other.
 
     minimum   thinking tokens that none of them ends a shorter thinking than
+    ids       markers and boundaries that are not the tokenizer's, as `ExitConfig` names them
     """
 
     readouts: tuple[Readout, ...]
     thresholds: tuple[Tensor, ...]
     minimum: int = 0
+    ids: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return sum(len(thresholds) for thresholds in self.thresholds)
@@ -49,7 +51,7 @@ class Rules:
         readout, thresholds = self._at(rule)
         numbers = [None if t.isnan() else _shortest(t) for t in thresholds]
         named: dict[str, Any] = dict(zip(SIGNALS, numbers, strict=True))
-        return ExitConfig(**named, **readout.fields, min_thinking_tokens=self.minimum)
+        return ExitConfig(**named, **readout.fields, **self.ids, min_thinking_tokens=self.minimum)
 
     def stricter(self, rule: int) -> Tensor:
         """[R] bool: rules with the same readout, and thresholds that are nowhere looser."""
@@ -86,10 +88,12 @@ def grid(
     signals: Sequence[str] = SIGNALS,
     minimum: int = 0,
     traces: Tensor | None = None,
+    ids: Mapping[str, tuple[int, ...]] | None = None,
 ) -> Rules:
     """Every combination of thresholds of `signals`, each of which may also be left out, for each readout.
 
     traces   [n] int64: those whose values the thresholds are taken from; None: all
+    ids      markers and boundaries that the rules name
     """
     where = table.boundaries if traces is None else table.boundaries.select(traces)
     found = []
@@ -100,7 +104,7 @@ def grid(
             for i, name in enumerate(SIGNALS)
         ]
         found.append(torch.cartesian_prod(*levels)[1:])  # the first leaves out all
-    return Rules(tuple(readouts), tuple(found), minimum)
+    return Rules(tuple(readouts), tuple(found), minimum, ids or {})
 
 
 def _levels(values: Tensor, where: Boundaries, below: bool) -> Tensor:
