@@ -14,6 +14,7 @@ import pytest
 import torch
 from eagle3_reference import random_tensors, speculators, write_checkpoint
 from safetensors.torch import load_file
+from test_files import largest_file
 from tiny_models import VOCAB, tiny_model
 from torch import Tensor
 from training_cases import random_trace, write_traces
@@ -22,6 +23,7 @@ from transformers import PreTrainedModel
 from specexit import ExitConfig, SpecExitDecoder, TreeConfig, load_draft
 from specexit.cli import main
 from specexit.drafts import Eagle3Config
+from specexit.files import locked
 from specexit.training import checkpoint, objective
 from specexit.training import fit as fit_module
 from specexit.training.fit import FitResult, fit
@@ -386,7 +388,7 @@ def test_two_runs_do_not_write_to_one_folder(model, traces, tmp_path):
 
     def start_another(line):
         if line["step"] == 2:
-            with pytest.raises(ValueError, match=r"training.jsonl is being written by another process"):
+            with pytest.raises(ValueError, match="is being written by another process"):
                 run(model, traces, tmp_path / "d", **options)
 
     fit(model, traces, tmp_path / "d", FitConfig(**(FAST | options)), on_log=start_another)
@@ -410,6 +412,39 @@ def test_another_run_is_refused_by_name(model, traces, tmp_path, rng):
     with pytest.raises(ValueError, match=r"was made with another (traces|draft's first weights)"):
         run(model, other, output, steps=6)
     assert run(model, traces, output, steps=6, checkpoint_every=1, keep=9).resumed_from == 2
+
+
+def test_the_setting_is_named_not_what_follows_from_it(model, traces, tmp_path, monkeypatch):
+    monkeypatch.setattr(fit_module, "write_draft", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        run(model, traces, tmp_path / "draft")
+    with pytest.raises(ValueError, match="was made with another seed: 0, now 1"):
+        run(model, traces, tmp_path / "draft", seed=1)
+    with pytest.raises(ValueError, match="was made with another dtype of the base: 'float32', now 'bfloat16'"):
+        run(tiny_model("llama").bfloat16(), traces, tmp_path / "draft")
+
+
+def test_one_run_at_a_time_has_the_folder(model, traces, tmp_path):
+    (tmp_path / "draft").mkdir()
+    with locked(tmp_path / "draft"), pytest.raises(ValueError, match="is being written by another process"):
+        run(model, traces, tmp_path / "draft")
+    assert not list((tmp_path / "draft").iterdir())
+    run(model, traces, tmp_path / "draft")
+
+
+@pytest.mark.parametrize("size", [300, 20_000])  # of the log, of a checkpoint
+def test_a_full_disk_is_named_and_costs_nothing(size, model, traces, tmp_path, capsys):
+    model.save_pretrained(tmp_path / "base")
+    command = ["train", "fit", "--model", str(tmp_path / "base"), "--traces", str(traces), "--device", "cpu"]
+    command += ["--steps", "4", "--batch-size", "2", "--depth", "2", "--checkpoint-every", "2", "--output"]
+    with largest_file(size):
+        assert main([*command, str(tmp_path / "draft")]) == 1
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert told.startswith("error: ") and str(tmp_path / "draft") in told, told  # noqa: PT018
+    assert main([*command, str(tmp_path / "draft")]) == 0
+    assert main([*command, str(tmp_path / "other")]) == 0
+    found = [{f.name: f.read_bytes() for f in (tmp_path / name).iterdir()} for name in ("draft", "other")]
+    assert found[0] == found[1]
 
 
 def test_a_finished_run_is_not_repeated(model, traces, tmp_path):

@@ -6,6 +6,7 @@ commands import what they need when they run. Exit status: 0 done, 1 the run fai
 
 from __future__ import annotations
 
+import errno
 import sys
 from collections.abc import Sequence
 from typing import Annotated
@@ -18,6 +19,8 @@ from specexit.cli.demo import demo
 from specexit.cli.generate import generate
 from specexit.cli.info import info
 from specexit.cli.train import train
+
+_FAILURES = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 app = typer.Typer(
     name="specexit",
@@ -59,8 +62,8 @@ def _root(
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status. `arguments`: those of the process by default.
 
-    ValueError, OSError and ImportError are taken for bad input and reported in one line; other exceptions are bugs and
-    keep their traceback.
+    ValueError, OSError and ImportError are taken for bad input and reported in one line, but for disks that are full or
+    broken: there the run has failed. Other exceptions are bugs and keep their traceback.
     """
     open_stdio()
     arguments = list(sys.argv[1:] if arguments is None else arguments)
@@ -76,7 +79,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, ImportError) as error:
         if debug:
             raise
-        return report_error(error, 2)
+        full = isinstance(error, OSError) and error.errno in _FAILURES
+        return report_error(error, 1 if full else 2)
 
 
 def _with_json_file(arguments: list[str]) -> list[str]:

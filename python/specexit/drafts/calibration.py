@@ -19,6 +19,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from specexit.files import write_whole
+
 CALIBRATION = "calibration.json"
 VERSION = 1
 KINDS = ("certified", "estimated")
@@ -56,9 +58,7 @@ def read_calibration(folder: Path) -> dict[str, Any] | None:
 def write_calibration(folder: Path, content: Mapping[str, Any]) -> None:
     """Write calibration.json of a draft's folder, whole or not at all."""
     _check(content)
-    temporary = folder / f".{CALIBRATION}"
-    temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    temporary.replace(folder / CALIBRATION)
+    write_whole(folder / CALIBRATION, (json.dumps(content, indent=2) + "\n").encode())
 
 
 def from_thresholds(exit_head: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import pickle
 import re
@@ -10,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from specexit.files import naming
 
 VERSION = 1
 FOLDER = "checkpoints"
@@ -28,11 +31,16 @@ def save_checkpoint(output: Path, step: int, content: Mapping[str, Any], keep: i
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"step-{step:08d}.pt"
     temporary = folder / f".{path.name}"
-    with temporary.open("wb") as file:
-        torch.save({"version": VERSION, "step": step, **content}, file)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    packed = io.BytesIO()  # torch.save into a full disk is a RuntimeError that names neither
+    torch.save({"version": VERSION, "step": step, **content}, packed)
+    try:
+        with naming(path), temporary.open("wb") as file:
+            file.write(packed.getbuffer())
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
     for old in checkpoints(output)[:-keep]:
         old.unlink()
     return path
@@ -52,7 +60,8 @@ def load_checkpoint(path: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
 
 def check_settings(found: Mapping[str, Any], wanted: Mapping[str, Any], path: Path) -> None:
     """Raise ValueError, which names the setting, where a run was started with another one."""
-    for key in sorted({*found, *wanted}):
+    # What follows from the settings, whose names have spaces, comes last: the seed is named, not the weights it gives.
+    for key in sorted({*found, *wanted}, key=lambda key: (" " in key, key)):
         if found.get(key) != wanted.get(key):
             raise ValueError(
                 f"{path} was made with another {key}: {found.get(key)!r}, now {wanted.get(key)!r}; "

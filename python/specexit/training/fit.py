@@ -26,6 +26,7 @@ from transformers import PreTrainedModel
 from specexit.base import BaseModel
 from specexit.drafts import Eagle3Draft
 from specexit.drafts.checkpoint import fingerprint_of
+from specexit.files import locked
 from specexit.identity import check_base, fingerprint
 from specexit.training import checkpoint, drafting
 from specexit.training.data import BaseReader, Cache, Example, Selection, collate, order, select
@@ -149,6 +150,7 @@ class _Run:
             "base": fingerprint(self.base.model),
             "traces": _traces_fingerprint(traces),
             "draft's first weights": fingerprint_of(self.draft),
+            "dtype of the base": str(self.base.dtype).removeprefix("torch."),
             "number of processes": self.processes.count,
         }
         self.provenance = {
@@ -164,6 +166,17 @@ class _Run:
         config = self.config
         if (result := finished(self.output, self.provenance)) is not None:
             return FitResult(self.output, config.steps, self.chosen.counts(), self.coverage, result)
+        if not self.processes.writes:
+            return self._go()
+        self.output.mkdir(parents=True, exist_ok=True)
+        try:
+            with locked(self.output, wait=False):
+                return self._go()
+        except BlockingIOError:
+            raise ValueError(f"output must be of one run, {self.output} is being written by another process") from None
+
+    def _go(self) -> FitResult:
+        config = self.config
         parameters = self.objective.parameters()
         for parameter in parameters.values():
             parameter.requires_grad_(True)

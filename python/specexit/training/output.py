@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -13,8 +14,8 @@ from typing import Any
 import torch
 
 from specexit.drafts import Eagle3Draft, save_draft
+from specexit.files import naming
 from specexit.training.checkpoint import check_settings, checkpoints
-from specexit.training.records import lock
 
 LOG = "training.jsonl"
 PROVENANCE = "training"  # the key of it in the draft's config.json
@@ -77,8 +78,8 @@ class Log:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             self._file = self._path.open("a+b")
             try:
-                lock(self._file, self._path)
-                self._file.truncate(self._kept())
+                with naming(self._path):
+                    self._file.truncate(self._kept())
             except BaseException:
                 self._file.close()
                 raise
@@ -86,7 +87,8 @@ class Log:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         if self._tell is not None:
-            self._file.close()
+            with nullcontext() if kind is None else suppress(OSError):  # of a full disk: the first error says it
+                self._file.close()
 
     def _kept(self) -> int:
         """Bytes of the lines up to the step that the run goes on from."""
@@ -103,6 +105,7 @@ class Log:
         if self._tell is None:
             return
         if not again:
-            self._file.write(json.dumps(line).encode() + b"\n")
-            self._file.flush()
+            with naming(self._path):
+                self._file.write(json.dumps(line).encode() + b"\n")
+                self._file.flush()
         self._tell(line)

@@ -70,7 +70,7 @@ def read_lines(path: str | os.PathLike[str]) -> Iterator[tuple[int, dict[str, An
                 continue
             try:
                 content = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise ValueError(f"{path}, line {at} is not JSON: {error}") from error
             if not isinstance(content, dict):
                 raise ValueError(f"{path}, line {at} must be a JSON object, was {type(content).__name__}")

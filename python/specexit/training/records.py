@@ -10,10 +10,13 @@ import json
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
+
+from specexit.files import naming
 
 FORMAT = "specexit-traces"
 VERSION = 1
@@ -111,7 +114,7 @@ class TraceFile:
     def __enter__(self) -> TraceFile:
         self._file = open(self.path, "a+b")
         try:
-            lock(self._file, self.path)
+            _lock(self._file, self.path)
             self._file.seek(0)
             content = self._file.read()
             whole = _whole_lines(content)  # a line without its end was cut off by a kill
@@ -130,7 +133,8 @@ class TraceFile:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self._file.close()
+        with nullcontext() if kind is None else suppress(OSError):  # of a full disk: the first error says it
+            self._file.close()
 
     def append(self, trace: Trace) -> None:
         """Write a trace; when this returns, a kill of the process cannot lose it."""
@@ -140,8 +144,9 @@ class TraceFile:
         self.done.add((trace.id, trace.sample))
 
     def _write(self, content: Mapping[str, Any]) -> None:
-        self._file.write(_line(content))
-        self._file.flush()
+        with naming(self.path):
+            self._file.write(_line(content))
+            self._file.flush()
 
 
 def read_traces(path: str | os.PathLike[str]) -> tuple[dict[str, Any], list[Trace]]:
@@ -196,7 +201,7 @@ def _parse(content: bytes, path: Path) -> tuple[dict[str, Any], list[Trace]]:
 def _object(line: bytes, path: Path, at: int) -> dict[str, Any]:
     try:
         content = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}, line {at} is not JSON: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path}, line {at} must be a JSON object, was {_shown(line)}")
@@ -232,7 +237,7 @@ def _brief(value: object) -> str:
     return text if len(text) <= 200 else f"{text[:200]}..."  # a tokenizer may have hundreds of boundary ids
 
 
-def lock(file: BinaryIO, path: Path) -> None:
+def _lock(file: BinaryIO, path: Path) -> None:
     """Keep other processes from appending while `file` is open. Where the system has no such lock, nothing is kept."""
     try:
         import fcntl
@@ -240,5 +245,7 @@ def lock(file: BinaryIO, path: Path) -> None:
         return
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
         raise ValueError(f"{path} is being written by another process") from None
+    except OSError:  # a file system without locks
+        return

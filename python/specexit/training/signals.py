@@ -28,6 +28,7 @@ from specexit.drafts.base import Draft, DraftBatch
 from specexit.drafts.checkpoint import fingerprint_of
 from specexit.drafts.eagle3 import Eagle3Draft
 from specexit.engine import round_up, slot_bucket
+from specexit.files import write_whole
 from specexit.identity import fingerprint
 from specexit.prefill import CHUNK
 from specexit.training.records import Trace
@@ -81,13 +82,7 @@ class RecordedSignals:
         tensors = {f"raw.{source}": tensor.contiguous() for source, tensor in self.raw.items()}
         about = {"traces": self.traces, "base": self.base, "draft": self.draft, "names": json.dumps(dict(self.names))}
         data = save({**tensors, "offsets": self.offsets}, {"format": FORMAT, "version": VERSION, **about})
-        target = Path(path)
-        temporary = target.with_name(f".{target.name}.{os.getpid()}")
-        try:
-            temporary.write_bytes(data)
-            temporary.replace(target)
-        finally:
-            temporary.unlink(missing_ok=True)
+        write_whole(path, data)
 
     @staticmethod
     def load(path: str | os.PathLike[str]) -> RecordedSignals:
