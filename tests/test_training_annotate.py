@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from test_files import largest_file
 from training_cases import fresh_model, write_texts
 
 from specexit import ExitConfig, SpecExitDecoder, bundled_pair
@@ -381,7 +382,7 @@ def test_a_file_made_with_other_settings_is_refused(
 @pytest.mark.parametrize(
     ("found", "error", "message"),
     [
-        ("a", TypeError, r"extractor must find \(answer, start, end\) or None, .*\.Wrong found 'a'"),
+        ("a", ValueError, r"extractor must find \(answer, start, end\) or None, .*\.Wrong found 'a'"),
         (("a", 3, 3), ValueError, "extractor must find an answer inside a text of"),
         (("a", 0, 9999), ValueError, "extractor must find an answer inside a text of"),
     ],
@@ -395,6 +396,19 @@ def test_an_extractor_of_your_own_that_is_wrong(
 
     with pytest.raises(error, match=message):
         Annotator(decoder, Wrong()).trace(text_of(sampled[0], everything, decoder))
+
+
+class Failing(TwoDigits):
+    def find(self, text: str) -> Found | None:
+        raise ZeroDivisionError("in mine")
+
+
+class NeedsMore(TwoDigits):
+    def __init__(self, more: int) -> None:
+        raise AssertionError
+
+
+NUMBER = 5
 
 
 # --- the command
@@ -490,6 +504,53 @@ def test_wrong_requests(tmp_path: Path, capsys: pytest.CaptureFixture[str], chan
     assert main(arguments) == 2
     assert message in " ".join(capsys.readouterr().err.split())
     assert not (tmp_path / "t").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("Failing", "Failing must not fail, find('"),
+        ("Failing", "raised ZeroDivisionError: in mine"),
+        ("NeedsMore", "cannot be made: TypeError"),
+        ("NUMBER", "has no find"),
+        ("nothing", "must name something in test_training_annotate, which has no nothing"),
+    ],
+)
+def test_an_extractor_of_your_own_fails_in_one_line(
+    name: str, message: str, fresh: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "p").write_text('{"id": 1, "prompt": "v20 <think>"}\n')
+    (tmp_path / "texts").write_text('{"id": 1, "completion": "v21 \\n\\n </think> v30"}\n')
+    files = ["--problems", tmp_path / "p", "--texts", tmp_path / "texts", "--output", tmp_path / "t"]
+    assert main(command("--model", fresh, *files, "--extractor", f"{__name__}:{name}")) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_module_that_does_not_parse(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "its_syntax_is_wrong.py").write_text("def f(:")
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "p").touch()
+    files = ["--problems", tmp_path / "p", "--output", tmp_path / "t"]
+    assert main(command(*files, "--extractor", "its_syntax_is_wrong:f")) == 2
+    assert "cannot be imported: SyntaxError" in capsys.readouterr().err
+
+
+def test_a_full_disk_loses_one_trace_at_most(fresh: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "p").write_text("".join(f'{{"id": {n}, "prompt": "v20 <think>"}}\n' for n in range(4)))
+    line = '{{"id": {}, "completion": "v21 v{} \\n\\n v30 \\n\\n </think> v30"}}\n'
+    (tmp_path / "texts").write_text("".join(line.format(n, 40 + n) for n in range(4)))
+    arguments = command("--model", fresh, "--problems", tmp_path / "p", "--texts", tmp_path / "texts")
+    arguments += ["--extractor", "text", "--max-answer-tokens", "2", "--output"]
+    assert main([*arguments, str(tmp_path / "whole")]) == 0
+    with largest_file((tmp_path / "whole").stat().st_size - 100):
+        assert main([*arguments, str(tmp_path / "t")]) == 1
+    told = capsys.readouterr().err.splitlines()
+    assert told[-1].startswith("error: ") and str(tmp_path / "t") in told[-1], told  # noqa: PT018
+    assert main([*arguments, str(tmp_path / "t")]) == 0
+    assert "has 3 of 4 traces already" in " ".join(capsys.readouterr().err.split())
+    assert (tmp_path / "t").read_bytes() == (tmp_path / "whole").read_bytes()
 
 
 def test_help_needs_no_torch() -> None:

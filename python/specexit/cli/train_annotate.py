@@ -183,7 +183,10 @@ def annotate(
         "limit": limit,
         "exit": ExitConfig(**ids),
     }
-    by_name(extractor)  # what is wrong with it is found before a model is loaded
+    try:
+        by_name(extractor)  # what is wrong with it is found before a model is loaded
+    except TypeError as error:
+        raise ValueError(str(error)) from error
     loading = given(dtype=getattr(torch, dtype) if dtype else None, allow_pickle=allow_pickle or None)
     if model is None:
         decoder = load_bundled(device, **loading)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from functools import lru_cache
 from itertools import pairwise
@@ -62,7 +62,7 @@ class Annotator:
             [*self.markers.force, *self.prefix],
             ids_of(decoder.model.generation_config.eos_token_id),
             max_answer_tokens,
-            lambda tokens: self.extractor.complete(self._decode([*self.prefix, *tokens])),
+            lambda tokens: self._complete(self._decode([*self.prefix, *tokens])),
         )
         self.seconds = 0.0
         self._boundary = frozenset(self.markers.boundary)
@@ -87,7 +87,7 @@ class Annotator:
         if text.flaw is not None:
             return _flawed(text, text.flaw)
         reply = self._decode(reply_ids(text, self.markers))
-        if text.cut and not self.extractor.complete(reply):
+        if text.cut and not self._complete(reply):
             return _flawed(text, CUT)
         if (in_reply := self._find(reply)) is None:
             return _flawed(text, NO_ANSWER)
@@ -130,7 +130,7 @@ class Annotator:
         found = self._find(text)
         if found is None or not tokens:
             return None
-        cut = len(tokens) == self.max_answer_tokens and not self.extractor.complete(text)
+        cut = len(tokens) == self.max_answer_tokens and not self._complete(text)
         if cut and found.end == len(text.rstrip()):
             return None
         ends = [_agreement(self._decode(ids[:n]), text) for n in range(len(ids) + 1)]
@@ -142,12 +142,12 @@ class Annotator:
         return _Answer(found.answer, spelling) if spelling else None
 
     def _find(self, text: str) -> Found | None:
-        """What the extractor finds. Raises TypeError or ValueError where that is no place in the text."""
-        found = self.extractor.find(text)
+        """What the extractor finds. Raises ValueError where that is no place in the text."""
+        found = self._ask(self.extractor.find, text)
         if found is None:
             return None
         if not (isinstance(found, tuple) and len(found) == 3 and isinstance(found[0], str)):
-            raise TypeError(f"extractor must find (answer, start, end) or None, {self.extractor_name} found {found!r}")
+            raise ValueError(f"extractor must find (answer, start, end) or None, {self.extractor_name} found {found!r}")
         if not 0 <= found[1] < found[2] <= len(text):
             raise ValueError(
                 f"extractor must find an answer inside a text of {len(text)} characters,"
@@ -156,7 +156,21 @@ class Annotator:
         return Found(*found)
 
     def _same(self, answer: str | None, other: str) -> bool:
-        return answer is not None and bool(self.extractor.same(answer, other))
+        return answer is not None and bool(self._ask(self.extractor.same, answer, other))
+
+    def _complete(self, text: str) -> bool:
+        return bool(self._ask(self.extractor.complete, text))
+
+    def _ask(self, method: Callable[..., Any], *texts: str) -> Any:
+        """What a method of the extractor says. Raises ValueError where it fails: it may be the user's own."""
+        try:
+            return method(*texts)
+        except Exception as error:
+            shown = ", ".join(repr(text if len(text) <= 60 else f"...{text[-60:]}") for text in texts)
+            raise ValueError(
+                f"extractor {self.extractor_name} must not fail, {getattr(method, '__name__', 'it')}({shown}) raised"
+                f" {type(error).__name__}: {error}"
+            ) from error
 
     def _decode(self, ids: Sequence[int]) -> str:
         text: str = self.tokenizer.decode(list(ids), skip_special_tokens=True)

@@ -178,13 +178,19 @@ def by_name(name: str) -> Extractor:
         known = ", ".join([*_BUILT_IN, "regex:PATTERN", "package.module:name"])
         raise ValueError(f"extractor must be one of {known}, was {name!r}")
     try:
-        made = getattr(import_module(module), attribute)
+        imported = import_module(module)
     except ImportError as error:
         raise ImportError(f"extractor {name!r} cannot be imported ({error}): is its folder in PYTHONPATH?") from error
-    except AttributeError:
-        raise ValueError(f"extractor must name something in {module}, which has no {attribute}") from None
-    if isinstance(made, type) or not hasattr(made, "find"):
-        made = made()
+    except Exception as error:
+        raise ValueError(f"extractor {name!r} cannot be imported: {type(error).__name__}: {error}") from error
+    if not hasattr(imported, attribute):
+        raise ValueError(f"extractor must name something in {module}, which has no {attribute}")
+    made = getattr(imported, attribute)
+    if isinstance(made, type) or (callable(made) and not hasattr(made, "find")):
+        try:
+            made = made()
+        except Exception as error:
+            raise ValueError(f"extractor {name!r} cannot be made: {type(error).__name__}: {error}") from error
     if missing := [method for method in ("find", "same", "complete") if not callable(getattr(made, method, None))]:
         raise TypeError(f"extractor must have find, same and complete, {name!r} has no {missing[0]}")
     return made
