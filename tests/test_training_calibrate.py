@@ -5,16 +5,20 @@ from __future__ import annotations
 import json
 import random
 import shutil
+import time
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from test_files import largest_file
 from training_traces import signals_of
 
 from specexit import ExitConfig, SpecExitDecoder, TreeConfig, bundled_pair, load_draft
 from specexit.cli import main
-from specexit.drafts.calibration import FIELDS
+from specexit.drafts.calibration import FIELDS, read_calibration, write_calibration
 from specexit.thinking import Markers
 from specexit.training.ablate import ablate
 from specexit.training.auroc import auroc
@@ -446,3 +450,113 @@ def test_boundaries_and_markers_of_the_users_own_reach_the_decoder(
     assert main(["calibrate", *pair, "--traces", str(traces), *rest, "--name", "b"]) in (0, 1)
     written = json.loads((folder / "calibration.json").read_text())["rules"]["b"]["exit"]
     assert [name for name in written if name.endswith("_ids")] == ["boundary_ids"]
+
+
+def test_no_rule_is_lost_to_a_run_that_certifies_none(
+    folder: Path, decoder: SpecExitDecoder, source: random.Random, rng: torch.Generator
+) -> None:
+    traces = random_traces(decoder, source, "p", 120)
+    signals = telling(decoder, traces, rng, 0.3)
+
+    def run(level: float | None) -> Calibration:
+        return calibrate(decoder, traces, signals=signals, max_loss=0.1, confidence_level=level, **QUICK)
+
+    assert write(run(0.9), folder, "mine") == ["mine", "mine-estimated"]
+    first = read_calibration(folder)
+    assert first is not None
+    too_much = run(1 - 1e-9)
+    assert too_much.certified is None
+    for result in (too_much, run(None)):
+        assert write(result, folder, "mine", default=False) == ["mine-estimated"]
+        now = read_calibration(folder)
+        assert now is not None
+        assert (now["default"], now["rules"]["mine"]) == ("mine", first["rules"]["mine"])
+
+
+def test_rules_that_are_written_at_once_are_all_there(
+    folder: Path, decoder: SpecExitDecoder, source: random.Random, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    result = calibrate(decoder, random_traces(decoder, source, "p", 12), confidence_level=None, max_loss=0.9, **QUICK)
+    slowly = write_calibration
+
+    def slow(*arguments: Any) -> None:
+        time.sleep(0.05)
+        slowly(*arguments)
+
+    monkeypatch.setattr("specexit.training.calibrate.write_calibration", slow)
+    names = [f"rule{n}" for n in range(6)]
+    threads = [Thread(target=write, args=(result, folder, name)) for name in names]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    found = read_calibration(folder)
+    assert found is not None
+    assert sorted(found["rules"]) == names
+
+
+def test_a_draft_with_new_weights_is_calibrated_again(
+    folder: Path, tmp_path: Path, decoder: SpecExitDecoder, source: random.Random
+) -> None:
+    """Rules of the old ones are in the way of decoding, which says so: calibrate again."""
+    traces = save(tmp_path / "cal.jsonl", random_traces(decoder, source, "p", 12))
+    command = ["calibrate", "--model", str(bundled_pair().base), "--draft", str(folder), "--device", "cpu"]
+    command += ["--traces", str(traces), "--estimate", "--max-loss", "0.9", "--smoothing", "none"]
+    assert main(command) == 0
+    tensors = load_file(folder / "model.safetensors")
+    save_file({name: -x if x.is_floating_point() else x for name, x in tensors.items()}, folder / "model.safetensors")
+    with pytest.raises(ValueError, match="belongs to other weights of the draft: calibrate again"):
+        SpecExitDecoder.from_pretrained(bundled_pair().base, folder, device="cpu")
+    assert main(command) == 0
+    SpecExitDecoder.from_pretrained(bundled_pair().base, folder, device="cpu")
+
+
+def test_what_cannot_be_is_said_before_signals_are_read(
+    folder: Path,
+    tmp_path: Path,
+    decoder: SpecExitDecoder,
+    source: random.Random,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def never(*_: Any, **__: Any) -> None:
+        raise AssertionError("it took a long time")
+
+    monkeypatch.setattr("specexit.training.signals.record_signals", never)
+    traces = random_traces(decoder, source, "p", 4)
+    files = [str(save(tmp_path / name, part)) for name, part in (("a", traces[:2]), ("b", traces[2:]))]
+    pair = ["--model", str(bundled_pair().base), "--draft", str(folder), "--device", "cpu"]
+    for changes, message in (
+        (["--max-loss", "2"], "max_loss must be between 0 and 1, was 2"),
+        (["--smoothing", "rough"], "smoothing must be some of none, ewma"),
+        (["--source", "head"], "sources must be some of fc, output"),
+        (["--use", "luck"], "use must be some of confidence"),
+        (["--seed", str(10**20)], "seed must be below 2**31 - 1"),
+        (["--traces", files[0]], "sample 0 of 'p0' was there before"),
+    ):
+        assert main(["calibrate", *pair, "--traces", files[0], *changes]) == 2
+        assert message in " ".join(capsys.readouterr().err.split())
+    ablating = ["train", "ablate", *pair, "--calibration", files[0], "--output", str(tmp_path / "tables")]
+    for test, changes, message in (
+        (files[1], ["--timed", "3"], "timed must be between 0 and 2, was 3"),
+        (files[1], ["--max-loss", "-1"], "losses must be between 0 and 1"),
+    ):
+        assert main([*ablating, "--test", test, *changes]) == 2
+        assert message in " ".join(capsys.readouterr().err.split())
+    (tmp_path / "tables" / "ablation.md").mkdir()
+    assert main([*ablating, "--test", files[1]]) == 2
+    assert "--output must be a file" in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_full_disk_ends_a_calibration_as_a_failed_run(
+    folder: Path, tmp_path: Path, decoder: SpecExitDecoder, source: random.Random, capsys: pytest.CaptureFixture[str]
+) -> None:
+    traces = save(tmp_path / "cal.jsonl", random_traces(decoder, source, "p", 12))
+    command = ["calibrate", "--model", str(bundled_pair().base), "--draft", str(folder), "--device", "cpu"]
+    command += ["--traces", str(traces), "--estimate", "--max-loss", "0.9", "--smoothing", "none"]
+    assert main(command) == 0
+    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+    with largest_file(100):
+        assert main([*command, "--name", "more"]) == 1
+    assert str(folder / "calibration.json") in "".join(capsys.readouterr().err.split())
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == before

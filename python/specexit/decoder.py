@@ -133,6 +133,7 @@ class SpecExitDecoder:
         device: torch.device | str | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
         allow_pickle: bool = False,
+        calibrated: bool = True,
         **options: Any,
     ) -> SpecExitDecoder:
         """Load base and draft from paths, hub ids or modules.
@@ -141,6 +142,7 @@ class SpecExitDecoder:
                       bfloat16 is slow)
         device        where it goes; None: the GPU if there is one
         allow_pickle  accept a base or a draft that is not stored as safetensors
+        calibrated    read the draft's calibration.json, if it has one
         options       those of the constructor: tree, exit, capacity, graph, ahead
         """
         if isinstance(base, (str, os.PathLike)):
@@ -155,7 +157,12 @@ class SpecExitDecoder:
             embedding = model.get_input_embeddings()
             weight = embedding.weight
             draft = load_draft(
-                draft, embedding=embedding, dtype=weight.dtype, device=weight.device, allow_pickle=allow_pickle
+                draft,
+                embedding=embedding,
+                dtype=weight.dtype,
+                device=weight.device,
+                allow_pickle=allow_pickle,
+                calibrated=calibrated,
             )
         return cls(model, draft, tokenizer=tokenizer, **options)
 

@@ -45,7 +45,7 @@ def calibrate(
     name: Annotated[str | None, typer.Option(help="Of the rule, in calibration.json.")] = None,
     default: Annotated[bool, typer.Option("--default", help="Make it the draft's default rule.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Write nothing into the draft's folder.")] = False,
-    seed: Annotated[int, typer.Option(help="Of the split into problems for choosing and for testing.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of the split into problems for choosing and for testing.")] = 0,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1. Default: a GPU if there is one.")] = None,
 ) -> None:
     """Choose thresholds and smoothing that cut the most thinking, and certify what they lose.
@@ -75,7 +75,7 @@ def calibrate(
         found,
         max_loss=max_loss,
         confidence_level=None if estimate else confidence_level,
-        signals=recorded(decoder, found, signals),
+        signals=lambda: recorded(decoder, found, signals),
         temperature=sampled_at,
         sources=source,
         smoothing=smoothing,
@@ -100,19 +100,16 @@ def load_for_traces(model: str, draft: Path, header: Mapping[str, Any], device: 
     from specexit.cli.loading import load_decoder
     from specexit.training.calibrate import check_models
 
-    decoder = load_decoder(model, draft, device, exit=ExitConfig.off())
+    decoder = load_decoder(model, draft, device, exit=ExitConfig.off(), calibrated=False)
     check_models(header, decoder)
     return decoder
 
 
-def recorded(decoder: SpecExitDecoder, every: list[Trace], file: Path | None) -> RecordedSignals | None:
-    """The signals of the traces without a flaw: those in the file, or else read now, and kept there. None where there
-    is no such trace."""
+def recorded(decoder: SpecExitDecoder, every: list[Trace], file: Path | None) -> RecordedSignals:
+    """The signals of the traces without a flaw: those in the file, or else read now, and kept there."""
     from specexit.training.signals import RecordedSignals, record_signals
 
     traces = [trace for trace in every if trace.flaw is None]
-    if not traces:
-        return None
     if file is not None and file.exists():
         return RecordedSignals.load(file)
     console = stderr()

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from specexit.cli.calibrate import load_for_traces, recorded
-from specexit.cli.console import note, require_files, stdout, write_whole
+from specexit.cli.console import note, require_files, require_writable, stdout, write_whole
 
 
 def ablate(
@@ -44,6 +45,8 @@ def ablate(
     if output.exists() and not output.is_dir():
         raise ValueError(f"--output must be a folder, was the file {output}")
     output.mkdir(parents=True, exist_ok=True)
+    for name in ("ablation.json", "ablation.md", "accuracy.png"):
+        require_writable(output / name, "--output")
     from specexit.training.ablate import LOSSES
     from specexit.training.ablate import ablate as run
     from specexit.training.calibrate import check_alike, exit_of, read_all, temperature_of
@@ -55,7 +58,7 @@ def ablate(
     sampled_at = temperature_of(header, temperature)
     decoder = load_for_traces(model, draft, header, device)
     files = [output / f"{name}.safetensors" if keep_signals else None for name in ("calibration", "test")]
-    signals = [recorded(decoder, part, file) for part, file in zip(parts, files, strict=True)]
+    signals = [partial(recorded, decoder, part, file) for part, file in zip(parts, files, strict=True)]
     result = run(
         decoder,
         *parts,

@@ -25,13 +25,14 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from specexit.drafts.calibration import CALIBRATION, read_calibration, write_calibration
 from specexit.drafts.eagle3 import Eagle3Draft, embedding_table
 from specexit.drafts.eagle3_config import Eagle3Config, Source
 from specexit.drafts.tensor_files import WEIGHTS, read_tensors, resolve
+from specexit.files import write_whole
 from specexit.identity import draft_fingerprint
 
 EMBEDDING = "embed_tokens.weight"
@@ -55,6 +56,7 @@ def load_draft(
     dtype: torch.dtype | None = None,
     allow_pickle: bool = False,
     revision: str | None = None,
+    calibrated: bool = True,
 ) -> Eagle3Draft:
     """Load an EAGLE-3 draft from a folder or from the Hugging Face hub.
 
@@ -63,6 +65,7 @@ def load_draft(
     device, dtype   None: those of the embedding
     allow_pickle    read pytorch_model.bin where there is no safetensors file: only data is unpickled, never code
     revision        of the hub's repository: a branch, a tag or a commit
+    calibrated      False: leave calibration.json alone, as one does to calibrate again
 
     The exit rules in calibration.json, or an older config.json, become the draft's `calibration`.
 
@@ -89,7 +92,7 @@ def load_draft(
         _fill(_layout(draft), tensors)
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from error
-    calibration = read_calibration(folder)
+    calibration = read_calibration(folder) if calibrated else None
     if calibration is not None:
         if calibration["draft"] != draft_fingerprint(tensors):  # of the file: in the draft they may be rounded
             raise ValueError(
@@ -134,7 +137,7 @@ def save_draft(draft: Eagle3Draft, path: str | os.PathLike[str]) -> None:
     if draft.own_embedding:
         tensors[EMBEDDING] = embedding_table(draft.embedding)
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    write_whole(folder / WEIGHTS, save(tensors, metadata={"format": "pt"}))
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     (folder / CALIBRATION).unlink(missing_ok=True)
     if draft.calibration.get("draft") == fingerprint_of(draft):

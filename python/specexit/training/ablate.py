@@ -22,7 +22,7 @@ from specexit.decoder import SpecExitDecoder
 from specexit.exit import ExitConfig
 from specexit.thinking import Tokenizer, release_breaks
 from specexit.training.auroc import auroc
-from specexit.training.calibrate import as_fields, best_estimate, named_ids, signal_table
+from specexit.training.calibrate import Signals, as_fields, best_estimate, named_ids, signal_table
 from specexit.training.grid import SMOOTHINGS, grid, readouts
 from specexit.training.records import Trace
 from specexit.training.rules import (
@@ -35,7 +35,6 @@ from specexit.training.rules import (
     by_probability,
     oracle,
 )
-from specexit.training.signals import RecordedSignals
 from specexit.training.wall_clock import wall_clock
 from specexit_kernels.state import SIGNALS
 
@@ -52,7 +51,7 @@ def ablate(
     calibration: Sequence[Trace],
     test: Sequence[Trace],
     *,
-    signals: tuple[RecordedSignals | None, RecordedSignals | None] = (None, None),
+    signals: tuple[Signals, Signals] = (None, None),
     losses: Sequence[float] = LOSSES,
     boundary_sets: Mapping[str, Collection[int]] | None = None,
     timed: int = 0,
@@ -61,7 +60,7 @@ def ablate(
 ) -> dict[str, Any]:
     """The tables, as JSON has them; `specexit.training.report` lays them out.
 
-    signals        of the two sets of traces, recorded before; None: they are recorded now
+    signals        of the two sets of traces, recorded before, or what gives them; None: they are recorded now
     losses         shares of answers that a rule may lose on the calibration traces
     boundary_sets  ids of boundaries by name; None: the release's strings, and paragraphs that end a sentence
     timed          test prompts that are decoded, in each of four ways, for the wall clock

@@ -26,13 +26,16 @@ from specexit.decoder import SpecExitDecoder
 from specexit.drafts.calibration import FIELDS, IDS, KINDS, VERSION, read_calibration, write_calibration
 from specexit.drafts.checkpoint import saved_fingerprint
 from specexit.exit import ExitConfig
+from specexit.files import locked
 from specexit.identity import check_base, check_tokenizer, fingerprint
 from specexit.training.grid import SMOOTHINGS, Rules, grid, readouts
 from specexit.training.learn_then_test import TUNING_SHARE, learn_then_test, problems_needed, split
 from specexit.training.records import Trace, read_trace_files, require_alike
 from specexit.training.rules import Boundaries, Scores, SignalTable
-from specexit.training.signals import RecordedSignals, record_signals
+from specexit.training.signals import SOURCES, RecordedSignals, record_signals
 from specexit_kernels.state import SIGNALS
+
+Signals = RecordedSignals | Callable[[], RecordedSignals] | None
 
 
 @dataclass(frozen=True)
@@ -101,7 +104,7 @@ def calibrate(
     *,
     max_loss: float = 0.01,
     confidence_level: float | None = 0.95,
-    signals: RecordedSignals | None = None,
+    signals: Signals = None,
     temperature: float = 0.0,
     sources: Sequence[str] | None = None,
     smoothing: Sequence[str] | None = None,
@@ -115,7 +118,7 @@ def calibrate(
     decoder              with the draft whose signals decide, and the tokenizer
     max_loss             share of answers that may be lost
     confidence_level     with which the certified rule keeps it; None: only the estimated rule is wanted
-    signals              of these traces, recorded before; None: they are recorded now
+    signals              of these traces, recorded before, or what gives them; None: they are recorded now
     temperature          at which the traces were sampled: the rule is for that
     sources, smoothing   those of `ExitConfig` that are tried; None: all there are
     use                  the signals that may decide
@@ -135,8 +138,10 @@ def calibrate(
                 f" {max_loss:g} and {confidence_level:g}; confidence_level=None gives the estimated rule alone"
             )
     checks.integer("min_thinking_tokens", min_thinking_tokens, 0)
+    checks.integer("seed", seed, 0)
     _check_names("use", use, SIGNALS)
     _check_names("smoothing", smoothing, tuple(SMOOTHINGS))
+    _check_names("sources", sources, SOURCES)
     sound, table = signal_table(decoder, traces, signals, exit)
     _check_names("sources", sources, table.signals.sources)
     readings = readouts(table.signals.sources if sources is None else sources, smoothing or tuple(SMOOTHINGS))
@@ -181,9 +186,14 @@ def calibrate(
 
 
 def read_all(paths: Sequence[str | os.PathLike[str]]) -> tuple[dict[str, Any], list[Trace]]:
-    """The traces of several files, which must go together; the header is the first one's."""
+    """The traces of several files, which must go together, each there once; the header is the first one's."""
     headers, traces = read_trace_files(paths)
     check_alike(headers)
+    seen: set[tuple[str, int]] = set()
+    for trace in traces:
+        if (key := (trace.id, trace.sample)) in seen:
+            raise ValueError(f"traces must be there once, sample {trace.sample} of {trace.id!r} was there before")
+        seen.add(key)
     return headers[0], traces
 
 
@@ -224,7 +234,7 @@ def check_models(header: Mapping[str, Any], decoder: SpecExitDecoder) -> None:
         check_base(str(training["base"]), decoder.model, "the draft")
 
 
-def named_ids(exit: ExitConfig | None) -> dict[str, tuple[int, ...]]:
+def named_ids(exit: ExitConfig | None) -> dict[str, Any]:
     """The markers and boundaries that an exit's settings name; the others are the tokenizer's."""
     named = {name: getattr(exit, name, None) for name in IDS}
     return {name: tuple(ids) for name, ids in named.items() if ids is not None}
@@ -242,13 +252,14 @@ def exit_of(header: Mapping[str, Any], decoder: SpecExitDecoder) -> ExitConfig:
     others = {name for name, ids in made_with.items() if ids != markers.get(name.removesuffix("_ids"))}
     if others - {"boundary_ids"}:
         others |= {"start_ids", "end_ids", "force_ids"}  # what follows a cut depends on what ends thinking
-    return ExitConfig(**{name: ids for name, ids in made_with.items() if ids and name in others})
+    named: dict[str, Any] = {name: ids for name, ids in made_with.items() if ids and name in others}
+    return ExitConfig(**named)
 
 
 def signal_table(
     decoder: SpecExitDecoder,
     traces: Sequence[Trace],
-    signals: RecordedSignals | None = None,
+    signals: Signals = None,
     exit: ExitConfig | None = None,
 ) -> tuple[list[Trace], SignalTable]:
     """The traces without a flaw, and their signals. Raises ValueError where there are none, or they do not fit."""
@@ -264,6 +275,8 @@ def signal_table(
     check_boundaries(decoder, sound, exit)
     if signals is None:
         signals = record_signals(decoder, sound)
+    elif callable(signals):
+        signals = signals()
     assert decoder.draft is not None
     signals.check_models(decoder.base, decoder.draft)
     return sound, SignalTable(signals, sound, Boundaries.of(sound))
@@ -288,8 +301,8 @@ def write(
     result: Calibration, folder: str | os.PathLike[str], name: str | None = None, default: bool = False
 ) -> list[str]:
     """Add the rules to calibration.json of a draft's folder: the certified one as `name`, the estimated one as
-    `name`-estimated, or, where no certified one was wanted, as `name`. Rules of other names stay, as long as they are
-    for this base and these weights.
+    `name`-estimated, or, where no certified one was wanted, as `name`. Other rules stay, as long as they are for this
+    base and these weights; and no estimated rule takes the place of a certified one, but gets the longer name.
 
     name      None: "1-percent", by the loss, and "1-percent-at-0.7" by the temperature, where that is not 0
     default   use the certified rule, or without one the estimated, where nothing else is asked for. The first rule
@@ -299,24 +312,25 @@ def write(
     """
     place = Path(folder)
     name = name or default_name(result.max_loss, result.temperature)
-    own = (name, f"{name}-estimated" if result.confidence_level is not None else name)
     marks = {"base": result.base, "draft": saved_fingerprint(place)}
-    had = read_calibration(place)
-    if had is not None and any(had[key] != mark for key, mark in marks.items()):
-        had = None  # of other weights: nothing in it holds now
-    rules = dict(had["rules"]) if had else {}
-    written = []
-    for called, kind, choice in zip(own, KINDS, (result.certified, result.estimated), strict=True):
-        rules.pop(called, None)
-        if choice is not None:
-            rules[called] = as_rule(result, choice, kind)
-            written.append(called)
-    if not written:
-        raise ValueError("result must hold a rule to be written, held none")
-    named = had["default"] if had else None
-    if default or named not in rules:
-        named = written[0]
-    write_calibration(place, {"version": VERSION, "default": named, "rules": rules, **marks})
+    with locked(place):
+        had = read_calibration(place)
+        if had is not None and any(had[key] != mark for key, mark in marks.items()):
+            had = None  # of other weights: nothing in it holds now
+        rules = dict(had["rules"]) if had else {}
+        certified = rules.get(name, {}).get("kind") == "certified"
+        own = (name, f"{name}-estimated" if certified or result.confidence_level is not None else name)
+        written = []
+        for called, kind, choice in zip(own, KINDS, (result.certified, result.estimated), strict=True):
+            if choice is not None:
+                rules[called] = as_rule(result, choice, kind)
+                written.append(called)
+        if not written:
+            raise ValueError("result must hold a rule to be written, held none")
+        named = had["default"] if had else None
+        if default or named not in rules:
+            named = written[0]
+        write_calibration(place, {"version": VERSION, "default": named, "rules": rules, **marks})
     return written
 
 

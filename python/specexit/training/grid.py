@@ -36,7 +36,7 @@ class Rules:
     readouts: tuple[Readout, ...]
     thresholds: tuple[Tensor, ...]
     minimum: int = 0
-    ids: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    ids: Mapping[str, Any] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return sum(len(thresholds) for thresholds in self.thresholds)
@@ -88,7 +88,7 @@ def grid(
     signals: Sequence[str] = SIGNALS,
     minimum: int = 0,
     traces: Tensor | None = None,
-    ids: Mapping[str, tuple[int, ...]] | None = None,
+    ids: Mapping[str, Any] | None = None,
 ) -> Rules:
     """Every combination of thresholds of `signals`, each of which may also be left out, for each readout.
 

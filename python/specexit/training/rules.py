@@ -168,7 +168,7 @@ class Boundaries:
         full = float(self.tokens[-1].double() @ share)
         return Scores(
             tokens=tokens,
-            cut=1 - tokens / full,
+            cut=(1 - tokens / full).clamp(min=0),  # all of the tokens may come to a little more than all
             loss=self.lost.gather(0, index).double() @ share,
             accuracy=self.right.gather(0, index).double() @ share,
             exits=(index < self.most).double() @ share,
