@@ -623,6 +623,19 @@ def test_the_command_trains_and_tells(model, traces, tmp_path, capsys):
     assert main([*arguments, str(tmp_path / "x"), *fast, "--max-length", "3"]) == 2
 
 
+def test_held_out_texts_may_be_cut_before_their_thinking(model, tmp_path, rng, capsys):
+    model.save_pretrained(tmp_path / "base")
+    every = [random_trace(rng, name=str(i)) for i in range(4)]
+    longest = max(len(trace.prompt) for trace in every)
+    every = [replace(trace, prompt=[3] * longest) for trace in every]
+    traces = write_traces(tmp_path / "traces.jsonl", model, every)
+    command = ["train", "fit", "--model", str(tmp_path / "base"), "--traces", str(traces), "--steps", "1"]
+    command += ["--depth", "2", "--batch-size", "2", "--max-length", str(longest + 2), "--device", "cpu"]
+    for extra in ([], ["--placement", "both"]):
+        assert main([*command, *extra, "--output", str(tmp_path / f"draft{len(extra)}")]) == 0
+        assert "confidence" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -206,3 +206,22 @@ def test_sufficient_length_is_the_first_place_after_which_all_agree(rng: torch.G
                 break
         assert sufficient_length(trace.boundaries, trace.agrees, len(trace.thinking)) == expected
     assert sufficient_length([], [], 7) == 7
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"prompt": [1.5]}, "prompt must be a list of ints, was \\[1.5\\]"),
+        ({"thinking": "1234"}, "thinking must be a list of ints, was '1234'"),
+        ({"reply": [-1]}, "reply must hold no number below 0, held -1"),
+        ({"boundaries": [True, 2]}, "boundaries must be a list of ints"),
+        ({"agrees": None}, "agrees must be a list of bools, was None"),
+        ({"agrees": ["yes", "no"]}, "agrees must be a list of bools"),
+        ({"correct": [1, 0]}, "correct must be a list of bools"),
+        ({"id": 5}, "id must be a text, was 5"),
+    ],
+)
+@pytest.mark.parametrize("flaw", [None, "empty"])
+def test_what_the_fields_of_any_trace_must_be(changes: dict[str, Any], message: str, flaw: str | None) -> None:
+    with pytest.raises(ValueError, match=message):
+        replace(GOOD, flaw=flaw, **changes)

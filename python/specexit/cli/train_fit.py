@@ -249,7 +249,11 @@ def _measured(held_out: Mapping[str, Any]) -> str:
 def _signals(losses: Mapping[str, Any]) -> list[str]:
     """Losses of confidence, progress and remaining, where they are trained."""
     there = [(name, losses[name].values()) for name in ("output", "fc") if name in losses]
-    return [f"signals of {name} " + " ".join(f"{loss:.3f}" for loss in values) for name, values in there]
+    return [f"signals of {name} " + " ".join(map(_loss, values)) for name, values in there]
+
+
+def _loss(loss: float | None) -> str:
+    return "-" if loss is None else f"{loss:.3f}"  # None: the held-out texts are cut before their thinking
 
 
 def _share(share: float | None) -> str:
@@ -268,7 +272,7 @@ def _print_result(result: FitResult, steps: int) -> None:
         table.add_row("next token as the base's, by depth", shares)
     for name, where in (("output", "exit head"), ("fc", "rows of fc")):
         if name in result.held_out:
-            losses = ", ".join(f"{signal} {loss:.3f}" for signal, loss in result.held_out[name].items())
+            losses = ", ".join(f"{signal} {_loss(loss)}" for signal, loss in result.held_out[name].items())
             table.add_row(f"losses of the {where}", losses)
     if not result.held_out:
         table.add_row("measured", "nothing: no problem was held out")

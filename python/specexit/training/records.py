@@ -22,6 +22,12 @@ FORMAT = "specexit-traces"
 VERSION = 1
 
 
+_LISTS: tuple[tuple[str, type, str], ...] = (
+    *((name, int, "ints") for name in ("prompt", "thinking", "reply", "boundaries")),
+    *((name, bool, "bools") for name in ("agrees", "correct")),
+)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Trace:
     """One text of a base, and what the base answers when its thinking is ended at each paragraph.
@@ -60,6 +66,16 @@ class Trace:
     flaw: str | None = None
 
     def __post_init__(self) -> None:
+        if not isinstance(self.id, str):
+            raise ValueError(f"id must be a text, was {self.id!r}")
+        for name, kind, many in _LISTS:
+            values = getattr(self, name)
+            if values is None and name == "correct":
+                continue
+            if not isinstance(values, list) or set(map(type, values)) - {kind}:
+                raise ValueError(f"{name} must be a list of {many}, was {_shorten(values)}")
+            if kind is int and min(values, default=0) < 0:
+                raise ValueError(f"{name} must hold no number below 0, held {min(values)}")
         if self.flaw is not None:
             return
         count = len(self.boundaries)
@@ -227,12 +243,12 @@ def _check_header(found: Mapping[str, Any], wanted: Mapping[str, Any], path: Pat
     for key in sorted({*found, *wanted}):
         if found.get(key) != wanted.get(key):
             raise ValueError(
-                f"{path} was made with another {key}: {_brief(found.get(key))}, now {_brief(wanted.get(key))};"
+                f"{path} was made with another {key}: {_shorten(found.get(key))}, now {_shorten(wanted.get(key))};"
                 " give another file, or the settings that it was made with"
             )
 
 
-def _brief(value: object) -> str:
+def _shorten(value: object) -> str:
     text = repr(value)
     return text if len(text) <= 200 else f"{text[:200]}..."  # a tokenizer may have hundreds of boundary ids
 
