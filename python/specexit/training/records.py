@@ -184,7 +184,7 @@ def read_trace_files(paths: Sequence[str | os.PathLike[str]]) -> tuple[list[dict
 def require_alike(headers: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> None:
     """Raise ValueError where the headers of files differ in one of `keys`."""
     for key in keys:
-        found = dict.fromkeys(_brief(header.get(key)) for header in headers)
+        found = dict.fromkeys(_shorten(header.get(key)) for header in headers)
         if len(found) > 1:
             raise ValueError(f"traces must be of one {key.replace('_', ' ')}, were of {' and '.join(found)}")
 
