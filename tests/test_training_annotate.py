@@ -24,6 +24,7 @@ from specexit.identity import fingerprint
 from specexit.training.annotate import NothingUsable, annotate
 from specexit.training.annotator import Annotator
 from specexit.training.answers import Found
+from specexit.training.calibrate import temperature_of
 from specexit.training.problems import Problem, read_problems
 from specexit.training.records import Trace, read_traces
 from specexit.training.sample import seed_of
@@ -238,7 +239,7 @@ def test_texts_that_exist_are_annotated_as_sampled_ones(
     report = annotate(decoder, everything, tmp_path / "t", texts=tmp_path / "texts", **NUMBERS)
     header, found = read_traces(tmp_path / "t")
     assert found == sampled
-    assert "sampling" not in header
+    assert "sampling" not in header  # nobody said how they were sampled
     assert report.run.traces == len(sampled)
     again = annotate(decoder, everything, tmp_path / "t", texts=tmp_path / "texts", **NUMBERS)
     assert again.run.traces == 0
@@ -458,10 +459,12 @@ def test_a_fresh_model_from_the_command_line(fresh: Path, tmp_path: Path, capsys
     arguments = command(
         "--model", fresh, "--problems", tmp_path / "p", "--texts", tmp_path / "texts", "--output", tmp_path / "t",
         "--report", tmp_path / "r", "--extractor", "regex:v\\d+", "--max-answer-tokens", 4, "--answer-prefix", "v10 .",
+        "--temperature", 0.7,
     )  # fmt: skip
     assert main(arguments) == 0
     header, traces = read_traces(tmp_path / "t")
     assert header["answer_prefix"] == "v10 ."
+    assert temperature_of(header) == 0.7  # at which the texts were sampled, elsewhere
     assert all(len(trace.boundaries) == 12 and trace.final == "v30" for trace in traces)
     # The last match lies in the generated part, or, if that holds none, in the prefix, where it is no answer.
     for trace in traces:

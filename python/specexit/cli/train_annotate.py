@@ -73,7 +73,9 @@ def annotate(
         int | None, typer.Option(min=1, help="Only so many problems, from the first on.", rich_help_panel=_TEXTS)
     ] = None,
     samples: Annotated[int, typer.Option(min=1, help="Texts of each problem.", rich_help_panel=_TEXTS)] = 1,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.", rich_help_panel=_TEXTS)] = 0.0,
+    temperature: Annotated[
+        float | None, typer.Option(min=0.0, help="0, if not given: greedy.", rich_help_panel=_TEXTS)
+    ] = None,
     top_p: Annotated[
         float | None,
         typer.Option(min=0.0, max=1.0, help="Keep the likeliest tokens up to this.", rich_help_panel=_TEXTS),
@@ -97,7 +99,8 @@ def annotate(
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="Annotate these instead: a JSON object a line, id of a problem, completion or completion_ids.",
+            help="Annotate these instead: a JSON object a line, id of a problem, completion or completion_ids, sample "
+            "(0, 1 ...) where it has several. --temperature is the one they were sampled at.",
             rich_help_panel=_TEXTS,
         ),
     ] = None,

@@ -48,7 +48,7 @@ def annotate(
     answer_prefix: str = "",
     max_answer_tokens: int = 64,
     samples: int = 1,
-    temperature: float = 0.0,
+    temperature: float | None = None,
     top_p: float | None = None,
     top_k: int | None = None,
     min_p: float | None = None,
@@ -68,7 +68,8 @@ def annotate(
     answer_prefix      text that is put behind a forced end of thinking, so that the answer follows at once
     max_answer_tokens  of a forced answer, the prefix not counted
     samples ... slots  how texts are sampled: see `Sampling` and `sample`
-    texts              a file of texts that exist, to annotate instead of sampling any: see `read_texts`
+    texts              a file of texts that exist, to annotate instead of sampling any: see `read_texts`; `temperature`
+                       says at which they were sampled, if that is known
     exit               names other markers and boundaries than the tokenizer's
     limit              problems to annotate, from the first on; it may grow from run to run, as `samples` may
     progress           told the number of traces done and wanted, at the start and after each
@@ -82,7 +83,7 @@ def annotate(
         checks.integer("limit", limit, 1)
     exit = ExitConfig() if exit is None else exit
     sampling = Sampling(
-        temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, seed=seed, max_new_tokens=max_new_tokens
+        temperature=temperature or 0.0, top_p=top_p, top_k=top_k, min_p=min_p, seed=seed, max_new_tokens=max_new_tokens
     )
     annotator = Annotator(
         decoder, extractor, answer_prefix=answer_prefix, max_answer_tokens=max_answer_tokens, exit=exit
@@ -101,6 +102,7 @@ def annotate(
         **annotator.settings(),
         "problems": problems_fingerprint(problems),
         **({"sampling": asdict(sampling)} if texts is None else {"texts": file_fingerprint(texts)}),
+        **({"sampling": {"temperature": temperature}} if texts is not None and temperature is not None else {}),
     }
     todo: Iterator[Text]
     started, run = time.perf_counter(), Run()
