@@ -71,7 +71,7 @@ def test_three_ways_to_ask(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -
     ("content", "message"),
     [
         ("{", "line 2 is not JSON"),
-        ("[1]", "line 2 must be a JSON object, was list"),
+        ("[1]", r"line 2 must be a JSON object, was '\[1\]'"),
         ({"question": "a"}, "line 2: id must be a text or an int, was None"),
         ({"id": True, "question": "a"}, "line 2: id must be"),
         ({"id": "a", "question": "a"}, "line 2: id must be unique, 'a' was there before"),

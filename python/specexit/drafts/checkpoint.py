@@ -95,9 +95,7 @@ def load_draft(
     calibration = read_calibration(folder) if calibrated else None
     if calibration is not None:
         if calibration["draft"] != draft_fingerprint(tensors):  # of the file: in the draft they may be rounded
-            raise ValueError(
-                f"{folder / CALIBRATION} belongs to other weights of the draft: remove it, and calibrate again"
-            )
+            raise ValueError(f"{folder / CALIBRATION} belongs to other weights of the draft: calibrate again")
         draft.calibration = calibration
     return draft.eval()
 

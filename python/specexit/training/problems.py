@@ -7,9 +7,12 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
+
+from specexit.training.records import parse_object
 
 _ASKED = ("question", "prompt", "messages")
 
@@ -68,13 +71,7 @@ def read_lines(path: str | os.PathLike[str]) -> Iterator[tuple[int, dict[str, An
         for at, line in enumerate(file, 1):
             if not line.strip():
                 continue
-            try:
-                content = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise ValueError(f"{path}, line {at} is not JSON: {error}") from error
-            if not isinstance(content, dict):
-                raise ValueError(f"{path}, line {at} must be a JSON object, was {type(content).__name__}")
-            yield at, content
+            yield at, parse_object(line, Path(path), at)
 
 
 def id_of(content: dict[str, Any]) -> str:

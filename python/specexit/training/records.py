@@ -206,21 +206,22 @@ def _parse(content: bytes, path: Path) -> tuple[dict[str, Any], list[Trace]]:
     lines = content.split(b"\n")[:-1]
     if not lines:
         raise ValueError(f"{path} must begin with the header of a file of traces, was empty")
-    header = _object(lines[0], path, 1)
+    header = parse_object(lines[0], path, 1)
     if header.get("format") != FORMAT:
         raise ValueError(f"{path} must begin with the header of a file of traces, began with {_shown(lines[0])}")
     if header.get("version") != VERSION:
         raise ValueError(f"{path} must be of version {VERSION}, was {header.get('version')!r}")
-    return header, [_trace(_object(line, path, at), path, at) for at, line in enumerate(lines[1:], 2)]
+    return header, [_trace(parse_object(line, path, at), path, at) for at, line in enumerate(lines[1:], 2)]
 
 
-def _object(line: bytes, path: Path, at: int) -> dict[str, Any]:
+def parse_object(line: bytes, path: Path, at: int) -> dict[str, Any]:
+    """The JSON object in a line of a file. Raises ValueError that names the file and the line where it is none."""
     try:
         content = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}, line {at} is not JSON: {error}") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path}, line {at} must be a JSON object, was {_shown(line)}")
+        raise ValueError(f"{path}, line {at} must be a JSON object, was {_shown(line.strip())}")
     return content
 
 
