@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from training_traces import own_draft
 from transformers import AutoModelForCausalLM
 
 from specexit import ExitConfig, SpecExitDecoder, bundled_pair, load_draft, save_draft
@@ -26,11 +27,7 @@ def base() -> Any:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    target = tmp_path / "draft"
-    shutil.copytree(bundled_pair().draft, target)
-    for file in target.iterdir():
-        file.chmod(0o644)
-    return target
+    return own_draft(tmp_path)
 
 
 def content(base: Any, folder: Path, **changes: Any) -> dict[str, Any]:

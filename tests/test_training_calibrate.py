@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-import shutil
 import time
 from pathlib import Path
 from threading import Thread
@@ -14,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from test_files import largest_file
-from training_traces import signals_of
+from training_traces import own_draft, signals_of
 
 from specexit import ExitConfig, SpecExitDecoder, TreeConfig, bundled_pair, load_draft
 from specexit.cli import main
@@ -256,12 +255,7 @@ def test_traces_that_cannot_be_used(decoder: SpecExitDecoder) -> None:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    target = tmp_path / "draft"
-    shutil.copytree(bundled_pair().draft, target)
-    for file in target.iterdir():
-        file.chmod(0o644)
-    (target / "calibration.json").unlink(missing_ok=True)
-    return target
+    return own_draft(tmp_path)
 
 
 def test_rules_are_written_beside_others(

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import random
+import shutil
+from pathlib import Path
 
 import torch
 
+from specexit import bundled_pair
 from specexit.training.records import Trace, sufficient_length
 from specexit.training.signals import RecordedSignals, trace_fingerprint
 
@@ -55,3 +58,13 @@ def random_raw(traces: list[Trace], rng: torch.Generator, missing: float = 0.1) 
     raw = 1.5 * torch.randn(total, 3, generator=rng)
     odd = torch.tensor([torch.nan, torch.inf, 200.0])[torch.randint(3, (total, 3), generator=rng)]
     return torch.where(torch.rand(total, 3, generator=rng) < missing, odd, raw)
+
+
+def own_draft(parent: Path) -> Path:
+    """The folder of a copy of the bundled draft, without a calibration, that a test may write to."""
+    target = parent / "draft"
+    shutil.copytree(bundled_pair().draft, target)
+    for file in target.iterdir():
+        file.chmod(0o644)
+    (target / "calibration.json").unlink(missing_ok=True)
+    return target

@@ -10,6 +10,8 @@ from pathlib import Path
 
 from rich.console import Console
 
+from specexit import files
+
 STANDARD_OUTPUT = Path("-")
 
 
@@ -82,11 +84,6 @@ def write_whole(path: Path, data: bytes) -> None:
         if target.exists() and not target.is_file():  # a pipe or a device: replacing it would destroy it
             target.write_bytes(data)
             return
-        temporary = target.with_name(f".{target.name}.{os.getpid()}")
-        try:
-            temporary.write_bytes(data)
-            temporary.replace(target)
-        finally:
-            temporary.unlink(missing_ok=True)
+        files.write_whole(target, data)
     except OSError as error:
         raise RunFailed(f"{path} could not be written: {error.strerror}") from error
